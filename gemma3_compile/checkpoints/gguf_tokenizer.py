@@ -1,0 +1,80 @@
+"""A SentencePiece model rebuilt from the pieces, scores and types in a GGUF file.
+
+The types are ggml's, which are SentencePiece's own numbers. A converter marks the pieces of the chat template
+(``<start_of_turn>``) as control pieces, which SentencePiece never finds in text; the original has them as
+user-defined, and so they are here. Four pieces stay control or unknown: bos, eos, pad and unk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gemma3_compile.config import SpecialTokens
+from runtimes.errors import CheckpointError
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_MODEL_BPE = 2
+_PREFIX = "tokenizer.ggml."
+
+
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether the file holds a SentencePiece vocabulary (``llama`` in ggml's words)."""
+    return metadata.get(_PREFIX + "model") == "llama" and _PREFIX + "tokens" in metadata
+
+
+def rebuild(metadata: Mapping[str, Any], tokens: SpecialTokens, source: str) -> bytes | None:
+    """Serialized SentencePiece model, None where the file holds no SentencePiece vocabulary.
+
+    Raises CheckpointError where pieces, scores and types do not belong together.
+    """
+    if not has_tokenizer(metadata):
+        return None
+    pieces: Sequence[bytes] = metadata[_PREFIX + "tokens"]
+    scores, types = metadata.get(_PREFIX + "scores", ()), metadata.get(_PREFIX + "token_type", ())
+    if not len(pieces) == len(scores) == len(types):
+        raise CheckpointError(
+            f"{source}: the tokenizer holds {len(pieces)} pieces, {len(scores)} scores and {len(types)} types, "
+            "expected as many of each",
+            hint="the file is damaged or was written by a faulty converter: convert it again",
+        )
+    specials = {tokens.bos: _CONTROL, tokens.pad: _CONTROL, tokens.unk: _UNKNOWN}
+    eos = int(metadata.get(_PREFIX + "eos_token_id", 1))
+    # An instruction-tuned file names <end_of_turn> as its eos; SentencePiece's own is the piece <eos>.
+    eos = pieces.index(b"<eos>") if b"<eos>" in pieces else eos
+    specials[eos] = _CONTROL
+    return _serialize(pieces, scores, types, specials, tokens, eos, source)
+
+
+def _serialize(
+    pieces: Sequence[bytes],
+    scores: Sequence[float],
+    types: Sequence[int],
+    specials: Mapping[int, int],
+    tokens: SpecialTokens,
+    eos: int,
+    source: str,
+) -> bytes:
+    from sentencepiece import sentencepiece_model_pb2 as proto  # brings protobuf: only when a tokenizer is asked for
+
+    model = proto.ModelProto()  # type: ignore[attr-defined]  # generated code without types
+    try:
+        texts = [piece.decode() for piece in pieces]
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{source}: a piece of the tokenizer is not UTF-8: {error.object!r}") from error
+    for index, (text, score, stored) in enumerate(zip(texts, scores, types, strict=True)):
+        kind = specials.get(index, _USER_DEFINED if stored == _CONTROL else int(stored))
+        if kind == _USER_DEFINED:
+            text = text.replace(" ", "▁")
+        model.pieces.add(piece=text, score=float(score) if kind == _NORMAL else 0.0, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = _MODEL_BPE, len(texts)
+    trainer.byte_fallback = trainer.split_digits = True
+    for name, index in (("unk", tokens.unk), ("bos", tokens.bos), ("eos", eos), ("pad", tokens.pad)):
+        setattr(trainer, f"{name}_id", index)
+        setattr(trainer, f"{name}_piece", texts[index])
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    serialized: bytes = model.SerializeToString()
+    return serialized

@@ -1,0 +1,98 @@
+"""What a lowering rule sees: the builder, the values made so far, and the options of the dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from torch import Tensor, fx
+
+from graphs.onnx_lowering.builder import Builder
+from graphs.weights import Weight
+from runtimes.errors import ExportError
+
+Lowered = ir.Value | tuple[ir.Value, ...]
+Rule = Callable[["Context", fx.Node], Lowered]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrtOptions:
+    """Choices of the ``ort`` dialect.
+
+    ``accuracy_level`` is MatMulNBits': 4 rounds activations to int8 in blocks (fast), 1 keeps fp32.
+    """
+
+    accuracy_level: int = 4
+
+
+@dataclass(kw_only=True)
+class Context:
+    """The state of one lowering. ``values`` maps FX nodes to what they became."""
+
+    builder: Builder
+    options: OrtOptions
+    weights: dict[str, Weight]
+    rules: dict[object, Rule]
+    values: dict[fx.Node, Lowered] = field(default_factory=dict)
+    flat: dict[str, ir.Value] = field(default_factory=dict)
+    """For a value [B, S, N, D] that was reshaped: the [B, S, N * D] it came from, by name."""
+
+    def value(self, argument: object) -> ir.Value:
+        """The single ONNX value of an FX argument."""
+        if not isinstance(argument, fx.Node):
+            raise ExportError(f"expected a tensor, but got {argument!r}")
+        lowered = self.values[argument]
+        if isinstance(lowered, tuple):
+            raise ExportError(f"node `{argument.name}` has {len(lowered)} values where one is expected")
+        return lowered
+
+    def operand(self, argument: object, like: Tensor) -> ir.Value:
+        """A tensor, or a Python number as a constant of ``like``'s dtype."""
+        if isinstance(argument, fx.Node):
+            return self.value(argument)
+        return self.builder.constant(argument, str(like.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+    def weight(self, argument: object) -> Weight | None:
+        """The recipe behind an FX argument, if it is a weight."""
+        return self.weights.get(argument.name) if isinstance(argument, fx.Node) else None
+
+    def lower(self, graph: fx.Graph) -> object:
+        """Lowers every node of ``graph`` whose placeholders are in ``values``; returns its output."""
+        for node in graph.nodes:
+            if node.op == "output":
+                return node.args[0]
+            if node.op != "placeholder":
+                self.values[node] = self._apply(node)
+        raise ExportError("the graph has no output")
+
+    def _apply(self, node: fx.Node) -> Lowered:
+        rule = self.rules.get(node.target)
+        if rule is None:
+            raise ExportError(
+                f"node `{node.name}`: no rule lowers {node.target} to ONNX",
+                hint="add one to a table in graphs/onnx_lowering/",
+            )
+        self.builder.scope(node.name)
+        try:
+            return rule(self, node)
+        except ExportError:
+            raise
+        except Exception as error:
+            raise ExportError(f"node `{node.name}` ({node.target}): its lowering failed: {error!r}") from error
+
+
+def merge_tables(*tables: dict[object, Rule]) -> dict[object, Rule]:
+    """One table of rules; an op that stands in two tables is an error."""
+    merged: dict[object, Rule] = {}
+    for table in tables:
+        for op, rule in table.items():
+            if op in merged:
+                raise ExportError(f"two rules lower {op}: {merged[op].__module__} and {rule.__module__}")
+            merged[op] = rule
+    return merged
+
+
+def dims(value: Tensor) -> Sequence[object]:
+    """The symbolic shape of an FX value."""
+    return tuple(value.shape)
