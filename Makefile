@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 DEMO_DIR ?= bundles
-DEMO_PROMPT ?= The three largest moons of Jupiter are
+DEMO_PROMPT ?= A compiler is a program that
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-gpu lint bench clean
@@ -47,7 +47,8 @@ $(DEMO_DIR)/gemma-3-270m-q4_k_m.gguf: | $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo $(DEMO_DIR)/gemma-3-270m-q4_k_m.gguf
 	@$(BIN)/gemma3c build --target ort --size 270m --checkpoint $(DEMO_DIR)/gemma-3-270m-q4_k_m.gguf --dtype auto --out $(DEMO_DIR)/270m-ort --overwrite
-	@$(BIN)/gemma3c run $(DEMO_DIR)/270m-ort "$(DEMO_PROMPT)" --raw --max-tokens 64 --temperature 0 --stats
+	@printf '\n%s' "$(DEMO_PROMPT)"
+	@$(BIN)/gemma3c run $(DEMO_DIR)/270m-ort "$(DEMO_PROMPT)" --raw --max-tokens 64 --temperature 0 --repetition-penalty 1.15 --stats
 
 test: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu"

@@ -83,9 +83,8 @@ def examine() -> Examination:
 def examine_build() -> Finding:
     """Whether bundles can be built: torch and the packages that read and write checkpoints and graphs."""
     versions = {name: version_of(name) for name in _BUILD_PACKAGES}
-    missing = [
-        f"{name} is not installed: pip install 'gemma3-compile[build]'" for name, v in versions.items() if v is None
-    ]
+    lacks = [name for name, version in versions.items() if version is None]
+    missing = [f"not installed: {', '.join(lacks)}: pip install 'gemma3-compile[build]'"] if lacks else []
     torch = versions["torch"]
     if torch is not None and not _TORCH_RANGE[0] <= _numbers(torch) < _TORCH_RANGE[1]:
         missing.append(f"torch {torch} is outside of 2.11 to 2.14: pip install 'torch>=2.11,<2.15'")

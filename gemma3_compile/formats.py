@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from gemma3_compile.checkpoints import Checkpoint
+from graphs.onnx_lowering.context import Activations
 from graphs.weights import BlockFormat
 from runtimes.errors import UsageError
 
@@ -58,6 +59,11 @@ def _kept(checkpoint: Checkpoint) -> dict[str, BlockFormat]:
             zero_points="none" if grid.integer_zero else "minimum",
         )
     return formats
+
+
+def default_activations(dtype: Dtype) -> Activations:
+    """int4 is for speed; the others are for keeping what the weights still say."""
+    return "int8" if dtype == "int4" else "int16"
 
 
 def stored_dtype(formats: dict[str, BlockFormat], dtype: Dtype) -> Literal["float32", "int8", "int4", "kept"]:

@@ -9,6 +9,7 @@ Two spellings are in the wild. Version 4 wrote ``rope_theta``, ``rope_local_base
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -45,16 +46,16 @@ class _Fields:
         value = self.raw.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
             raise self.refuse(name, "an integer")
         return int(value)
 
     def number(self, name: str, default: float) -> float:
-        """A number; null and missing give ``default``."""
+        """A finite number; null and missing give ``default``."""
         value = self.raw.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise self.refuse(name, "a number")
         return float(value)
 

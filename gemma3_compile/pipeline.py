@@ -22,10 +22,10 @@ import onnx_ir as ir
 from gemma3_compile.blocks import Blocks, keeps_grid
 from gemma3_compile.checkpoints import Checkpoint, check_tensors, open_checkpoint
 from gemma3_compile.facts import model_facts, stage_facts
-from gemma3_compile.formats import Dtype, choose_formats, stored_dtype
+from gemma3_compile.formats import Dtype, choose_formats, default_activations, stored_dtype
 from gemma3_compile.stage_graphs import CompiledStage, compile_for_ort, stages_of
 from gemma3_compile.weights_writer import WeightsWriter, ledger
-from graphs.onnx_lowering.context import OrtOptions
+from graphs.onnx_lowering.context import Activations, OrtOptions
 from graphs.onnx_lowering.lower import bind_weights
 from graphs.weights import BlockFormat, WeightsPlan
 from graphs.weights_file import WeightsFile, WeightsLayout
@@ -50,6 +50,8 @@ class BuildRequest:
     checkpoint: str | Path | None = None
     random_seed: int | None = None
     dtype: Dtype = "auto"
+    activations: Activations | None = None
+    """None takes the default of ``dtype``."""
     overwrite: bool = False
     context: int | None = None
     calibration: Path | None = None
@@ -84,7 +86,8 @@ def build(request: BuildRequest, progress: Progress = SILENT) -> Path:
         for warning in checkpoint.warnings:
             progress.note(warning)
         formats = choose_formats(checkpoint, request.dtype)
-        compiled = compile_for_ort(checkpoint.config, formats, OrtOptions(), progress=progress)
+        options = OrtOptions(activations=request.activations or default_activations(request.dtype))
+        compiled = compile_for_ort(checkpoint.config, formats, options, progress=progress)
         plan = WeightsPlan.merge(stage.lowered.stored for stage in compiled)
         layout = WeightsLayout(plan)
         if not request.empty_weights:
@@ -96,7 +99,7 @@ def build(request: BuildRequest, progress: Progress = SILENT) -> Path:
                 WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=calibrated).write(progress)
         _write_json(writer, LEDGER, ledger(plan, checkpoint, _describe(checkpoint, calibrated)))
         tokenizer = _write_tokenizer(writer, checkpoint, progress)
-        manifest = _manifest(checkpoint, compiled, graphs, formats, request.dtype, tokenizer)
+        manifest = _manifest(checkpoint, compiled, graphs, formats, request.dtype, options, tokenizer)
         return writer.finish(manifest, progress).root
 
 
@@ -198,6 +201,7 @@ def _manifest(
     graphs: Mapping[str, str],
     formats: dict[str, BlockFormat],
     dtype: Dtype,
+    options: OrtOptions,
     tokenizer: TokenizerFacts | None,
 ) -> Manifest:
     packages = ("torch", "onnx", "onnx-ir")
@@ -211,7 +215,8 @@ def _manifest(
         weights=WeightFacts(file=WEIGHTS, dtype=stored_dtype(formats, dtype), ledger=LEDGER),
         tokenizer=tokenizer,
         probes={s.stage.name: tuple(s.lowered.probes.values()) for s in compiled},
-        settings={"image_in_place": True, "graph_optimization": "all"},
+        settings={"image_in_place": True, "graph_optimization": "all"}
+        | ({"activations": options.activations} if formats else {}),
     )
 
 

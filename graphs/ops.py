@@ -34,7 +34,9 @@ def sliding_window_attention(
 
 
 @sliding_window_attention.register_fake
-def _(q, k, v, k_cache, v_cache, start, length, image_ids, window, scale):  # type: ignore[no-untyped-def]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
 
 
@@ -55,7 +57,9 @@ def global_attention(
 
 
 @global_attention.register_fake
-def _(q, k, v, k_cache, v_cache, start, length, image_ids, scale):  # type: ignore[no-untyped-def]
+def _(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
 
 
@@ -66,7 +70,7 @@ def siglip_pool(x: Tensor, scale: Tensor, pool: int, eps: float) -> Tensor:
 
 
 @siglip_pool.register_fake
-def _(x, scale, pool, eps):  # type: ignore[no-untyped-def]
+def _(x: Tensor, scale: Tensor, pool: int, eps: float) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1] // (pool * pool), x.shape[2]))
 
 
@@ -77,7 +81,7 @@ def rotary_table(position: Tensor, head_dim: int, base: float, factor: float) ->
 
 
 @rotary_table.register_fake
-def _(position, head_dim, base, factor):  # type: ignore[no-untyped-def]
+def _(position: Tensor, head_dim: int, base: float, factor: float) -> tuple[Tensor, Tensor]:
     shape = (*position.shape, head_dim // 2)
     return position.new_empty(shape, dtype=torch.float32), position.new_empty(shape, dtype=torch.float32)
 
@@ -89,7 +93,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @rotate.register_fake
-def _(x, cos, sin):  # type: ignore[no-untyped-def]
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -101,5 +105,9 @@ def add_rms_norm(a: Tensor, b: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
 
 
 @add_rms_norm.register_fake
-def _(a, b, scale, eps):  # type: ignore[no-untyped-def]
+def _(a: Tensor, b: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a), torch.empty_like(a)
+
+
+gemma3c = torch.ops.gemma3c
+"""The registered ops as FX graphs hold them (``gemma3c.rotate.default``): importing the name registers them."""

@@ -26,6 +26,7 @@ from runtimes.bundle import Bundle, hash_file
 from runtimes.errors import BundleError, UsageError
 from runtimes.manifest import MANIFEST_NAME, FileFacts, Manifest, check_name
 from runtimes.progress import SILENT, Progress
+from runtimes.units import in_words
 
 _LOCK_NAME = ".lock"
 _YOUNG_S = 60.0
@@ -105,7 +106,7 @@ class BundleWriter:
         free = shutil.disk_usage(self.folder).free
         if free < size_bytes:
             raise BundleError(
-                f"no disk space for {self.dest}: the bundle needs {_gigabytes(size_bytes)}, but {_gigabytes(free)} are free",
+                f"no disk space for {self.dest}: the bundle needs {in_words(size_bytes)}, but {in_words(free)} are free",
                 hint="free some space, or choose an --out on another disk",
             )
 
@@ -351,7 +352,3 @@ def _disk_error(error: OSError, dest: Path) -> BundleError:
             hint="free some space, or choose an --out on another disk",
         )
     return BundleError(f"cannot write {dest}: {error.strerror}", hint="check the permissions of the folder")
-
-
-def _gigabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB"

@@ -67,7 +67,6 @@ class PrefixCache:
         caches = self._room(capacity)
         if caches.lengths[0] > common:
             caches.lengths[0] = common
-        del self._held[int(caches.lengths[0]) :]
         return caches
 
     def note(self, tokens: Prompt) -> None:

@@ -16,6 +16,8 @@ import os
 import struct
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
@@ -38,7 +40,7 @@ MAX_ASPECT = 100  # the model sees a square: of a longer strip nothing recogniza
 FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "AVIF")
 
 _HINT = "give a PNG, JPEG, WebP, GIF, BMP or TIFF file"
-_warnings_lock = threading.Lock()
+_quiet_lock = threading.Lock()
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image:
@@ -127,11 +129,8 @@ def _open_picture(file: BinaryIO, name: str) -> Image:
 
     pil.init()
     known = [form for form in FORMATS if form in pil.OPEN]
-    # Pillow only warns about a size up to twice its limit; here that is an error too. Filters of
-    # warnings belong to the whole process, hence the lock.
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", pil.DecompressionBombWarning)
+    with _quiet():
+        warnings.simplefilter("error", pil.DecompressionBombWarning)  # up to twice its limit Pillow only warns
         try:
             return pil.open(file, formats=known)
         except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
@@ -154,6 +153,17 @@ def _decode(picture: Image, name: str) -> None:
         raise ImageError(f"{name} is refused: {error}", hint="scale it down first") from error
     except Exception as error:
         raise ImageError(f"{name} is damaged or cut off: {_reason(error)}", hint="get the file again") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Pillow's warnings about a file's head off the terminal: what matters here is an error.
+
+    Filters of warnings belong to the whole process, hence the lock.
+    """
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _reason(error: Exception) -> str:
@@ -181,7 +191,8 @@ def _upright(picture: Image) -> Image:
     from PIL import ImageOps
 
     try:
-        return ImageOps.exif_transpose(picture)
+        with _quiet():
+            return ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         return picture
 
@@ -218,13 +229,13 @@ def _scale_16_bits(picture: Image, name: str) -> Image:
     """
     from PIL import Image as pil
 
-    levels = np.asarray(picture).astype(np.int64)
+    levels = np.asarray(picture)
     if levels.min() < 0 or levels.max() > 65535:
         raise ImageError(
             f"{name} has 32-bit levels from {levels.min()} to {levels.max()}, but 0 to 65535 is what can be scaled",
             hint="save it with 8 or 16 bits a channel",
         )
-    gray = pil.fromarray(((levels + 128) // 257).astype(np.uint8))
+    gray = pil.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
     clear = picture.info.get("transparency")
     if isinstance(clear, int):  # one level that stands for "nothing here"
         gray.putalpha(pil.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))

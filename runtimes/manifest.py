@@ -193,7 +193,8 @@ class FileFacts:
 class Manifest:
     """A whole bundle. ``files`` names every file but ``manifest.json``; the writer fills it in.
 
-    ``producer`` maps ``gemma3c`` and the packages that took part to their versions. ``created`` is None
+    ``producer`` maps ``gemma3c`` and the packages that took part to their versions, and ``checkpoint`` to what
+    the bundle was built from. ``created`` is None
     unless SOURCE_DATE_EPOCH was set, so that equal builds are equal bytes. ``probes`` names, for a stage,
     the values that validation may ask for. ``settings`` holds scalars that only this target reads.
     """

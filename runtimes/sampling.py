@@ -148,7 +148,7 @@ def candidates(logits_V: Logits, options: SamplingOptions) -> tuple[Ids, NDArray
         keep = max(1, int(np.searchsorted(before_K, options.top_p * total, side="left")))
         ids_K, weights_K = ids_K[:keep], weights_K[:keep]
     if options.min_p > 0.0:
-        kept_K = weights_K >= options.min_p * weights_K[0]
+        kept_K = weights_K >= options.min_p
         ids_K, weights_K = ids_K[kept_K], weights_K[kept_K]
     return ids_K, weights_K
 

@@ -33,9 +33,6 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
         "eager.features": Tolerance(
             relative=1e-4, reason="fp32 on both sides, as the logits; 27 layers at most, no softmax over a vocabulary"
         ),
-        "eager.same_weights": Tolerance(
-            relative=0.0, reason="one file read twice: dequantisation is exact, so every bit must agree"
-        ),
         "eager.chunking": Tolerance(
             relative=2e-5,
             reason="the same arithmetic with another chunk size: products of other shapes sum in another order, no more",
@@ -45,14 +42,21 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
         ),
         "kernel.cache": Tolerance(relative=0.0, reason="rows are moved, never computed"),
         "kernel.rotary": Tolerance(
-            relative=2e-3,
-            reason="angles are fp32 products up to 131,072 radians, whose spacing there is 2**-7 of a radian at worst; "
-            "transformers computes the same fp32 product",
+            relative=2e-2,
+            reason="a frequency is good to 1e-7 in fp32, which 131,072 positions make 1e-2 of a radian against float64; "
+            "transformers computes, and the models were trained with, the same fp32 product",
+        ),
+        "kernel.rotary_peer": Tolerance(
+            relative=0.0, reason="transformers computes the same fp32 product in the same order; every bit agrees"
         ),
         "kernel.rotary_near": Tolerance(
             relative=5e-6, reason="the same below position 32: an fp32 angle is good to 2e-6 of a radian"
         ),
-        "kernel.pool": Tolerance(relative=1e-6, reason="a mean of some patches and one norm in fp32, against float64"),
+        "kernel.pool": Tolerance(
+            relative=1e-5,
+            reason="a mean of up to 16 patches and one norm in fp32, against float64: the norm magnifies the rounding of "
+            "a mean near zero",
+        ),
     }
 )
 

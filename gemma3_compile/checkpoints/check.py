@@ -42,6 +42,12 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     Reads no weights but a stored copy of the tied head, which must equal the embedding.
     Raises CheckpointError that lists missing, extra and misshapen tensors.
     """
+    if checkpoint.config.text.num_layers > len(checkpoint.names()):  # before a model of a million layers is built
+        raise CheckpointError(
+            f"{checkpoint.source}: {len(checkpoint.names())} tensors were found, too few for "
+            f"{checkpoint.config.text.num_layers} layers",
+            hint="config.json and weights must come from one model",
+        )
     expected = expected_shapes(checkpoint.config)
     found = {name: checkpoint.info(name).shape for name in checkpoint.names()}
     wrong = [

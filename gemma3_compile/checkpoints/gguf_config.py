@@ -81,6 +81,11 @@ def read_config(header: GgufHeader, vocab_size: int, source: str) -> ModelConfig
         )
     meta = _Metadata(header.metadata, source)
     layers, heads = meta.count("block_count"), meta.count("attention.head_count")
+    if layers > len(header.tensors):
+        raise CheckpointError(
+            f"{source}: `{ARCHITECTURE}.block_count` is {layers}, but the file holds {len(header.tensors)} tensors",
+            hint="the file is damaged: fetch it again",
+        )
     hidden, head_dim = meta.count("embedding_length"), meta.count("attention.key_length", 256)
     text = TextConfig(
         vocab_size=vocab_size,

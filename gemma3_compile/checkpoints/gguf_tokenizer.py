@@ -13,7 +13,7 @@ from typing import Any
 from gemma3_compile.config import SpecialTokens
 from runtimes.errors import CheckpointError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _MODEL_BPE = 2
 _PREFIX = "tokenizer.ggml."
 
@@ -69,7 +69,7 @@ def _serialize(
         model.pieces.add(piece=text, score=float(score) if kind == _NORMAL else 0.0, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type, trainer.vocab_size = _MODEL_BPE, len(texts)
-    trainer.byte_fallback = trainer.split_digits = True
+    trainer.byte_fallback, trainer.split_digits = _BYTE in types, True
     for name, index in (("unk", tokens.unk), ("bos", tokens.bos), ("eos", eos), ("pad", tokens.pad)):
         setattr(trainer, f"{name}_id", index)
         setattr(trainer, f"{name}_piece", texts[index])

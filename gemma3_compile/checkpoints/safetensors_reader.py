@@ -119,6 +119,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
+    if start == stop:  # torch views no empty bytes as floats
+        return torch.empty((0, *stored.shape[1:]), dtype=DTYPES[stored.dtype])
     row_bytes = math.prod(stored.shape[1:]) * stored.item_bytes
     raw = read_bytes(stored.path, stored.offset + start * row_bytes, (stop - start) * row_bytes)
     return torch.from_numpy(raw).view(DTYPES[stored.dtype]).view(stop - start, *stored.shape[1:])

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma3_compile.cli.bars import Bars
-from gemma3_compile.cli.choices import NearChoice, in_words
+from gemma3_compile.cli.choices import NearChoice
 from gemma3_compile.presets import PRESETS
 from runtimes.bundle_writer import check_destination
 from runtimes.errors import UsageError
+from runtimes.units import in_words
 
 if TYPE_CHECKING:
     from gemma3_compile.formats import Dtype

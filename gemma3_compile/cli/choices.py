@@ -64,14 +64,3 @@ def decode_text(data: bytes, *, where: str) -> str:
             f"{where} is not valid UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
             hint="convert it first, as in: iconv -f LATIN1 -t UTF-8",
         ) from error
-
-
-def in_words(size_bytes: int) -> str:
-    """A size for people: 1.23 GB, 45.6 MB, 789 B (powers of ten, as disks are sold)."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size_bytes >= scale:
-            value = size_bytes / scale
-            return (
-                f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-            )
-    return f"{size_bytes} B"

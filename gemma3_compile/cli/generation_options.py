@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from gemma3_compile.cli.choices import NearChoice, in_words
+from gemma3_compile.cli.choices import NearChoice
 from runtimes.errors import UsageError
+from runtimes.units import in_words
 
 if TYPE_CHECKING:
     from pathlib import Path

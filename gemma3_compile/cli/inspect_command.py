@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from gemma3_compile.cli.choices import in_words
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError
 from runtimes.manifest import LayerFacts, Manifest
+from runtimes.units import in_words
 
 
 @click.command("inspect", short_help="Print what a bundle says of itself.")
@@ -35,12 +35,14 @@ def command(bundle: Path, as_json: bool, tensors: bool) -> None:
 def manifest_lines(manifest: Manifest) -> Iterator[str]:
     """The manifest for people, one fact a line."""
     model = manifest.model
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.producer.items())
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.producer.items() if name != "checkpoint")
     yield _row(
         "model", f"{model.name}: {len(model.layers)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     )
     yield _row("target", manifest.target)
     yield _row("made by", versions + (f" at {manifest.created}" if manifest.created else ""))
+    if "checkpoint" in manifest.producer:
+        yield _row("made from", manifest.producer["checkpoint"])
     yield _row("layers", "; ".join(_layers(model.layers)))
     yield _row("context", f"up to {model.max_context} tokens")
     for context in sorted({min(4096, model.max_context), min(32768, model.max_context), model.max_context}):
@@ -57,7 +59,7 @@ def manifest_lines(manifest: Manifest) -> Iterator[str]:
     tokenizer = manifest.tokenizer
     yield _row("tokenizer", f"{tokenizer.kind}, template {tokenizer.template}" if tokenizer else "none: token ids only")
     for name, stage in manifest.stages.items():
-        yield _row(f"stage {name}", f"{stage.graph}: {len(stage.inputs)} inputs, {len(stage.outputs)} outputs")
+        yield _row(f"stage {name}", f"{stage.graph}: inputs {len(stage.inputs)}, outputs {len(stage.outputs)}")
     for name, value in manifest.settings.items():
         yield _row(f"setting {name}", str(value))
     if manifest.gpu_architectures:
@@ -106,4 +108,4 @@ def _layers(layers: tuple[LayerFacts, ...]) -> Iterator[str]:
 
 
 def _row(label: str, value: str) -> str:
-    return f"{label:<20} {value}" if len(label) <= 20 else f"{label}  {value}"
+    return f"{label:<27} {value}" if len(label) <= 27 else f"{label}  {value}"

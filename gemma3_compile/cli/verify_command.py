@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from gemma3_compile.cli.bars import Bars
-from gemma3_compile.cli.choices import in_words
 from runtimes.bundle import Bundle
+from runtimes.units import in_words
 
 
 @click.command("verify", short_help="Hash a bundle's files again.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import onnx_ir as ir
 from torch import Tensor, fx
@@ -16,14 +17,19 @@ Lowered = ir.Value | tuple[ir.Value, ...]
 Rule = Callable[["Context", fx.Node], Lowered]
 
 
+Activations = Literal["int8", "int16"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OrtOptions:
     """Choices of the ``ort`` dialect.
 
-    ``accuracy_level`` is MatMulNBits': 4 rounds activations to int8 in blocks (fast), 1 keeps fp32.
+    ``activations``: MatMulNBits rounds its input to int8 in blocks. ``int8`` leaves it at that, the fast
+    way. ``int16`` multiplies what the rounding leaves over as well, in the same call, so that the
+    activations keep about 14 bits: nothing is lost but the weights' own rounding.
     """
 
-    accuracy_level: int = 4
+    activations: Activations = "int8"
 
 
 @dataclass(kw_only=True)
@@ -35,6 +41,8 @@ class Context:
     weights: dict[str, Weight]
     rules: dict[object, Rule]
     values: dict[fx.Node, Lowered] = field(default_factory=dict)
+    split: dict[str, ir.Value] = field(default_factory=dict)
+    """An input of MatMulNBits, by name, to its int8 part and the rest, joined along the tokens."""
     flat: dict[str, ir.Value] = field(default_factory=dict)
     """For a value [B, S, N, D] that was reshaped: the [B, S, N * D] it came from, by name."""
 

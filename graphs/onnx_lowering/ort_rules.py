@@ -29,6 +29,9 @@ aten = torch.ops.aten
 gemma3c = torch.ops.gemma3c
 assert ops  # registers the custom ops
 
+INT8_ACTIVATIONS = 4
+"""MatMulNBits' ``accuracy_level`` for int8 activations: the only one with fast kernels for 4 and 8 bits on CPUs."""
+
 
 def _flat(ctx: Context, node: fx.Node) -> ir.Value:
     """[B, S, N, D] as [B, S, N * D], without a node where it came from that."""
@@ -206,16 +209,24 @@ def _matmul_nbits(ctx: Context, x: ir.Value, parameter: object) -> ir.Value:
     assert weight is not None and weight.format is not None
     b, form, (rows, columns) = ctx.builder, weight.format, weight.shape
     entries = {entry.part: b.weight(entry) for entry in weight.stored()}
+    both = ctx.options.activations == "int16"
     out = b.op(
         "MatMulNBits",
-        [x, entries["codes"], entries["scales"], *([entries["zeros"]] if "zeros" in entries else [])],
+        [
+            _int8_and_rest(ctx, x, columns, form.block_size) if both else x,
+            entries["codes"],
+            entries["scales"],
+            *([entries["zeros"]] if "zeros" in entries else []),
+        ],
         domain=MICROSOFT,
         K=columns,
         N=rows,
         bits=form.bits,
         block_size=form.block_size,
-        accuracy_level=ctx.options.accuracy_level,
+        accuracy_level=INT8_ACTIVATIONS,
     )
+    if both:
+        out = b.op("Add", b.multi("Split", [out], 2, axis=1, num_outputs=2))
     if form.zero_points != "minimum":
         return out
     if columns % form.block_size:
@@ -224,6 +235,26 @@ def _matmul_nbits(ctx: Context, x: ir.Value, parameter: object) -> ir.Value:
     sums = b.op("ReduceSum", [blocks, b.constant([-1], "int64")], keepdims=0)
     shift = b.op("FusedMatMul", [sums, entries["minimums"]], domain=MICROSOFT, transB=1)
     return b.op("Sub", [out, shift])
+
+
+def _int8_and_rest(ctx: Context, x: ir.Value, columns: int, block_size: int) -> ir.Value:
+    """[B, S, K] to [B, 2 S, K]: x rounded to int8 in blocks, as MatMulNBits does it, then what that leaves over."""
+    key = f"{x.name}/{block_size}"
+    if key in ctx.split:
+        return ctx.split[key]
+    b, blocks = ctx.builder, -(-columns // block_size)
+    fill = blocks * block_size - columns
+    padded = b.op("Pad", [x, b.constant([0, 0, 0, 0, 0, fill], "int64")]) if fill else x
+    grid = b.op("Reshape", [padded, b.constant([0, 0, blocks, block_size], "int64")])
+    peak = b.op("ReduceMax", [b.op("Abs", [grid]), b.constant([-1], "int64")], keepdims=1)
+    step = b.op("Max", [b.op("Mul", [peak, b.constant(1 / 127, "float32")]), b.constant(1e-30, "float32")])
+    rounded = b.op("Mul", [b.op("Round", [b.op("Div", [grid, step])]), step])
+    whole = b.op("Reshape", [rounded, b.constant([0, 0, blocks * block_size], "int64")])
+    if fill:
+        ends = [b.constant([v], "int64") for v in (0, columns, -1)]
+        whole = b.op("Slice", [whole, *ends])
+    ctx.split[key] = b.op("Concat", [whole, b.op("Sub", [x, whole])], axis=1)
+    return ctx.split[key]
 
 
 def _matmul(ctx: Context, node: fx.Node) -> Lowered:

@@ -134,6 +134,13 @@ def test_a_path_that_leaves_the_bundle_is_refused(dest: Path, tmp_path: Path, na
         Bundle.open(dest)
 
 
+def test_a_stage_whose_file_is_not_listed_is_refused(dest: Path) -> None:
+    write(dest)
+    edit_manifest(dest, lambda data: data["files"].pop("vision.onnx"))
+    with pytest.raises(BundleError, match=r"names the file 'vision\.onnx', but `files` does not list it"):
+        Bundle.open(dest)
+
+
 def test_a_newer_manifest_is_refused_before_its_files_are_looked_at(dest: Path) -> None:
     write(dest)
     edit_manifest(dest, lambda data: data.update(schema_version=9, producer={"gemma3c": "4.0.0"}, files=[]))

@@ -127,7 +127,7 @@ def test_caches_grow_with_the_chat(tokenizer: Tokenizer, can_grow: bool) -> None
     chat = Engine(session, tokenizer).conversation()
     chat.send("One?", max_tokens=3)
     assert session.opened[0].context == 1024
-    answer = chat.send("word " * 400, max_tokens=500)
+    answer = chat.send("word " * 700, max_tokens=500)
     assert session.opened[-1].context >= answer.stats.prompt_tokens + 500
     assert len(session.opened) == (1 if can_grow else 2)
     assert (answer.stats.cached_tokens > 0) is can_grow
@@ -200,6 +200,15 @@ def test_tokens_of_a_shown_text_spell_it(tokenizer: Tokenizer, text: str) -> Non
     assert tokenizer.decode(kept) == text
     if text:
         assert kept[0] == written[0]
+
+
+def test_tokens_of_a_shown_text_with_half_characters(tokenizer: Tokenizer) -> None:
+    byte = {tokenizer.piece_bytes(token): token for token in range(107, 365) if token not in (255, 256)}
+    # Two bytes of U+FFFD's own three, then a letter: shown as U+FFFD, whose third byte no token wrote.
+    written = [byte[b"\xef"], byte[b"\xbf"], *tokenizer.encode("aSTOP")]
+    text = tokenizer.decode(written).removesuffix("STOP")
+    assert text == "\ufffda"
+    assert tokenizer.decode(tokens_of_text(written, text, tokenizer)) == text
 
 
 def test_concatenation_numbers_pictures_on() -> None:

@@ -129,6 +129,8 @@ def test_the_end_token_ends_and_leaves_no_text(session: ToySession, engine: Engi
     result = engine.generate("Is it?")
     assert (result.text, result.finish_reason, result.token_ids[-1]) == ("Yes.", "end", END_OF_TURN)
     assert session.script == [77], "nothing is fed after the end"
+    session.script = [40, END_OF_TURN]
+    assert engine.generate("Is it?", max_tokens=2).finish_reason == "end"
 
 
 def test_a_stop_string_ends_and_is_cut_off(session: ToySession, engine: Engine, tokenizer: Tokenizer) -> None:
@@ -245,7 +247,7 @@ def test_broken_logits_are_named_with_their_position(session: ToySession, engine
             logits[0, 40] = bad
 
     session.spoil = spoil
-    with pytest.raises(NumericsError, match="at position 11 .* 1 values of 512 .* after 2 tokens"):
+    with pytest.raises(NumericsError, match=r"at position 11 .* 1 values of 512 .* after 2 tokens"):
         engine.generate(text_tokens(range(10, 20)), max_tokens=5)
 
 

@@ -52,15 +52,14 @@ def test_the_table_has_forty_sizes() -> None:
 
 @pytest.mark.parametrize("facts", THRESHOLDS, ids=["usual", "small crops", "large crops", "one crop"])
 def test_boxes_are_those_of_transformers(processor: Any, facts: PanAndScanFacts) -> None:
-    """Each position holds its own coordinates, so that a crop's corners give its box away."""
+    """Each pixel holds its own number, so that a crop's corners give its box away."""
     cut = 0
     for width, height in SIZES:
-        grid_2HW = np.broadcast_to(np.arange(width)[None, :], (height, width)), np.arange(height)[:, None]
-        coordinates = np.stack([grid_2HW[0], np.broadcast_to(grid_2HW[1], (height, width)), grid_2HW[0]])
-        expected = [
-            (int(c[0, 0, 0]), int(c[1, 0, 0]), int(c[0, -1, -1]) + 1, int(c[1, -1, -1]) + 1)
-            for c in theirs(processor, coordinates, facts)
-        ]
+        numbers_3HW = np.broadcast_to(
+            np.arange(width * height, dtype=np.int32).reshape(height, width), (3, height, width)
+        )
+        corners = [(int(crop[0, 0, 0]), int(crop[0, -1, -1])) for crop in theirs(processor, numbers_3HW, facts)]
+        expected = [(a % width, a // width, b % width + 1, b // width + 1) for a, b in corners]
         assert boxes(width, height, facts) == expected, (width, height)
         cut += bool(expected)
     assert 0 < cut < len(SIZES)
@@ -91,6 +90,7 @@ def test_an_empty_slice_is_dropped() -> None:
 
 
 def test_thresholds_must_be_positive() -> None:
-    for name in ("min_crop_size", "max_num_crops"):
-        with pytest.raises(BundleError, match=name):
-            PanAndScanFacts(**{name: 0})
+    with pytest.raises(BundleError, match="min_crop_size"):
+        PanAndScanFacts(min_crop_size=0)
+    with pytest.raises(BundleError, match="max_num_crops"):
+        PanAndScanFacts(max_num_crops=0)

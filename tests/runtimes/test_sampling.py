@@ -64,6 +64,11 @@ def test_filters_leave_what_transformers_leaves(options: SamplingOptions, seed: 
     assert np.all(np.diff(weights) <= 0)
 
 
+def test_top_p_stops_where_the_sum_is_reached() -> None:
+    ids, _ = candidates(np.zeros(4, dtype=np.float32), SamplingOptions(temperature=1.0, top_p=0.5))
+    assert ids.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("options", [SamplingOptions(temperature=1.0), OPTIONS[1], OPTIONS[4]], ids=str)
 def test_draws_follow_the_probabilities(options: SamplingOptions) -> None:
     logits = some_logits(5, size=700, spread=1.5)

@@ -59,7 +59,7 @@ def oracle(gguf_270m_path: Path, request: pytest.FixtureRequest) -> Any:
     """transformers' tokenizer; converting the file takes 20 seconds, so the result is kept in pytest's cache."""
     import transformers
 
-    kept = request.config.cache.mkdir("transformers-tokenizer") / transformers.__version__  # type: ignore[union-attr]
+    kept = request.config.cache.mkdir("transformers-tokenizer") / transformers.__version__
     if not kept.is_dir():
         converted = transformers.AutoTokenizer.from_pretrained(gguf_270m_path.parent, gguf_file=gguf_270m_path.name)
         partial = kept.with_suffix(f".{os.getpid()}")  # several test processes may come here at once
@@ -155,7 +155,7 @@ def test_random_ids_decode_alike(tokenizer: Tokenizer, oracle: Any) -> None:
         assert tokenizer.decode(ids, control=True) == oracle.decode(ids)
 
 
-CHATS = {
+CHATS: dict[str, tuple[list[chat.Message], str]] = {
     "one turn": (
         [{"role": "user", "content": "Hi there"}],
         "<bos><start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\n",
@@ -170,8 +170,10 @@ CHATS = {
             {"role": "assistant", "content": " 2\n"},
             {"role": "user", "content": "And 2+2?"},
         ],
-        "<bos><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n2<end_of_turn>\n"
-        "<start_of_turn>user\nAnd 2+2?<end_of_turn>\n<start_of_turn>model\n",
+        (
+            "<bos><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n2<end_of_turn>\n"
+            "<start_of_turn>user\nAnd 2+2?<end_of_turn>\n<start_of_turn>model\n"
+        ),
     ),
     "system": (
         [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": " Hello "}],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from gemma3_compile.nano_tokenizer import nano_tokenizer
 from runtimes.errors import TokenizerError, UsageError
@@ -12,6 +14,8 @@ from runtimes.manifest import TokenFacts
 from runtimes.tokenizer import Tokenizer
 from tests.runtimes.manifests import TOKENS
 from tests.runtimes.tokenizer_strings import STRINGS, WITH_CONTROL_STRINGS
+
+proto: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 
 
 @pytest.fixture(scope="module")
@@ -119,21 +123,17 @@ def test_a_model_without_a_turn_piece_is_refused(model: bytes) -> None:
 
 @pytest.mark.parametrize("setting", ["add_dummy_prefix", "remove_extra_whitespaces"])
 def test_a_model_that_changes_text_is_refused(model: bytes, setting: str) -> None:
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
-    changed = pb.ModelProto.FromString(model)
+    changed = proto.ModelProto.FromString(model)
     setattr(changed.normalizer_spec, setting, True)
     with pytest.raises(TokenizerError, match="changes text before it splits it"):
         Tokenizer.from_bytes(changed.SerializeToString(), TOKENS)
 
 
 def test_a_model_without_byte_pieces_is_refused(model: bytes) -> None:
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
-    changed = pb.ModelProto.FromString(model)
+    changed = proto.ModelProto.FromString(model)
     changed.trainer_spec.byte_fallback = False
     for piece in changed.pieces:
-        if piece.type == pb.ModelProto.SentencePiece.Type.BYTE:
-            piece.type = pb.ModelProto.SentencePiece.Type.NORMAL
+        if piece.type == proto.ModelProto.SentencePiece.Type.BYTE:
+            piece.type = proto.ModelProto.SentencePiece.Type.NORMAL
     with pytest.raises(TokenizerError, match="has no byte pieces"):
         Tokenizer.from_bytes(changed.SerializeToString(), TOKENS)

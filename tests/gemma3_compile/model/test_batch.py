@@ -8,7 +8,7 @@ from torch import Tensor
 from gemma3_compile.model import Gemma3
 from gemma3_compile.model.decoder import Cache
 from tests.tolerances import check
-from tests.twins import Passage, Twin, eager_logits, passage, twin_logits
+from tests.twins import Passage, Twin, eager_logits, features_of, passage, twin_logits
 
 CONTEXT = 80
 
@@ -47,7 +47,9 @@ def test_unequal_lengths_then_decode(nano_model: Gemma3, nano_twin: Twin) -> Non
 def test_prefill_beside_decode_beside_idle(nano_model: Gemma3, nano_twin: Twin) -> None:
     """One call in which a sequence decodes, one prefills past its window, one starts, one is idle."""
     before, length = [30, 12, 0, 21], [1, 19, 7, 0]
-    whole = [passage(nano_model.config, b + n + 1, seed=7 * b + 1).token_ids for b, n in zip(before, length, strict=True)]
+    whole = [
+        passage(nano_model.config, b + n + 1, seed=7 * b + 1).token_ids for b, n in zip(before, length, strict=True)
+    ]
     caches = nano_model.decoder.empty_caches(4, CONTEXT)
     padded_BS = torch.zeros((4, max(before)), dtype=torch.int64)
     for row, b in enumerate(before):
@@ -80,3 +82,24 @@ def test_a_sequence_does_not_see_its_neighbours(nano_model: Gemma3) -> None:
     batch = torch.stack([passage(nano_model.config, 33, seed=9).token_ids, prompt.token_ids])
     logits, _ = _step(nano_model, batch, [0, 0], [33, 33], nano_model.decoder.empty_caches(2, CONTEXT))
     check("eager.chunking", logits[1], alone)
+
+
+def test_images_in_a_batch(nano_model: Gemma3, nano_twin: Twin) -> None:
+    """Images at other places in each sequence, one sequence without any, one shorter: one call for all."""
+    prompts = [passage(nano_model.config, n, at, seed=n) for n, at in ((30, (3, 12)), (24, (17,)), (9, ()))]
+    features, offset = [], 0
+    ids_BS, image_BS, rows_BS = (torch.full((3, 30), fill) for fill in (0, -1, -1))
+    for row, prompt in enumerate(prompts):
+        n = len(prompt)
+        ids_BS[row, :n], image_BS[row, :n] = prompt.token_ids, prompt.image_ids
+        rows_BS[row, :n] = torch.where(prompt.feature_rows >= 0, prompt.feature_rows + offset, -1)
+        found = features_of(nano_model, prompt)
+        if found is not None:
+            features.append(found)
+            offset += found.shape[0]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    every_BS = torch.arange(30).expand(3, -1)
+    start, caches = torch.zeros(3, dtype=torch.int64), nano_model.decoder.empty_caches(3, CONTEXT)
+    logits, _ = nano_model.decoder(ids_BS, start, lengths, every_BS, caches, torch.cat(features), rows_BS, image_BS)
+    for row, prompt in enumerate(prompts):
+        check("eager.logits", logits[row, : len(prompt)], twin_logits(nano_twin, prompt), f"sequence {row}")

@@ -135,9 +135,7 @@ def test_a_fault_is_caught(
     assert error > SMALLER.get(name, FAR) * TOLERANCES["eager.logits"].relative, f"{name} errs by {error:.3g} only"
 
 
-def test_a_window_fault_shows_from_the_window_on(
-    nano_model: Gemma3, nano_twin: Twin, nano_config: ModelConfig
-) -> None:
+def test_a_window_fault_shows_from_the_window_on(nano_model: Gemma3, nano_twin: Twin, nano_config: ModelConfig) -> None:
     """W tokens cannot tell a window one too long, W + 1 can: the lengths around W are tested for a reason."""
     model, text = _with_text(nano_model, sliding_window=17), passage(nano_config, 17)
     expected, ours = twin_logits(nano_twin, text), eager_logits(model, text)

@@ -15,7 +15,13 @@ from tests.twins import Twin, seeded_model, twin_of
 SHAPES: dict[str, dict[str, object]] = {
     "nano": {},
     # The proportions of the real tower: pool 4 by 4, heads of 72.
-    "siglip in miniature": {"image_size": 224, "hidden_size": 144, "num_heads": 2, "tokens_per_image": 16, "num_layers": 4},
+    "siglip in miniature": {
+        "image_size": 224,
+        "hidden_size": 144,
+        "num_heads": 2,
+        "tokens_per_image": 16,
+        "num_layers": 4,
+    },
     "no pooling": {"tokens_per_image": 16},
     "one token": {"tokens_per_image": 1},
     "odd side": {"image_size": 42, "tokens_per_image": 9},
