@@ -15,7 +15,7 @@ def decoder_shape(config: ModelConfig) -> DecoderShape:
     caches = tuple(
         CacheShape(
             kv_heads=text.num_kv_heads,
-            slots=text.sliding_window if kind == "local" else "C",
+            slots="L" if kind == "local" else "C",
             head_dim=text.head_dim,
         )
         for kind in text.layer_kinds

@@ -215,7 +215,11 @@ def _manifest(
         weights=WeightFacts(file=WEIGHTS, dtype=stored_dtype(formats, dtype), ledger=LEDGER),
         tokenizer=tokenizer,
         probes={s.stage.name: tuple(s.lowered.probes.values()) for s in compiled},
-        settings={"image_in_place": True, "graph_optimization": "all"}
+        settings={
+            "image_in_place": True,
+            "graph_optimization": "all",
+            "window_slack": max(1, checkpoint.config.text.sliding_window // 16),
+        }
         | ({"activations": options.activations} if formats else {}),
     )
 

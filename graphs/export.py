@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from graphs.stages import Stage, TensorSpec
 from runtimes.errors import ExportError
 
-EXAMPLE_SIZES = {"B": 2, "S": 5, "R": 3, "C": 40, "M": 8, "N": 2}
+EXAMPLE_SIZES = {"B": 2, "S": 5, "R": 3, "L": 18, "C": 40, "M": 8, "N": 2}
 """Sizes of the example that is traced: all different from each other's products and from 0 and 1."""
 
 
@@ -35,9 +35,7 @@ class StageModule(nn.Module):
         layers = sum(name.startswith("cache.") for name in given) // 2
         caches = [(given[f"cache.{i}.k"], given[f"cache.{i}.v"]) for i in range(layers)]
         image = (given.get("features"), given.get("feature_rows"), given.get("image_ids"))
-        logits, caches = self.model(
-            given["token_ids"], given["start"], given["length"], given["rows"], caches, *image
-        )
+        logits, caches = self.model(given["token_ids"], given["start"], given["length"], given["rows"], caches, *image)
         return (logits, *(tensor for pair in caches for tensor in pair))
 
 

@@ -33,4 +33,5 @@ def pack_zeros(zeros_Nn: Bytes, form: BlockFormat) -> Bytes:
 def _pack(values: Bytes, bits: int) -> Bytes:
     if bits == 8:
         return values
-    return values[:, 0::2] | (values[:, 1::2] << 4)
+    pairs: Bytes = values[:, 0::2] | (values[:, 1::2] << np.uint8(4))
+    return pairs

@@ -7,6 +7,7 @@ be checked against the eager model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -76,14 +77,14 @@ class Program:
 def program_from_export(
     exported: ExportedProgram, stage: Stage, *, prefix: str, formats: Mapping[str, BlockFormat]
 ) -> Program:
-    """Wraps what torch.export made.
+    """Wraps a copy of what torch.export made.
 
     Args:
         prefix: put before a parameter's name to make it canonical (``decoder.`` or ``vision.``).
         formats: the block format of each quantised weight, by canonical name.
     """
     parameters = exported.graph_signature.inputs_to_parameters
-    module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
+    module = fx.GraphModule(exported.graph_module, deepcopy(exported.graph_module.graph))
     program = Program(stage=stage, module=module)
     for node in module.graph.nodes:
         if node.op == "placeholder" and node.target in parameters:

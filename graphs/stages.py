@@ -1,6 +1,6 @@
 """The stages that every target compiles, and their contracts: names, dtypes and shapes.
 
-Legend: B batch, S tokens in the chunk, R rows of logits, C context, M image feature rows,
+Legend: B batch, S tokens in the chunk, R rows of logits, L slots of a local layer, C context, M image feature rows,
 N images, T tokens an image, H hidden of the decoder, V vocabulary, G key-value heads, D head_dim, W window.
 
 A dimension is an int, or a symbol that stays dynamic in the graph. The caches of layer i enter as
@@ -27,7 +27,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What a layer keeps: ``slots`` is W for a local layer and ``"C"`` for a global one."""
+    """What a layer keeps: ``slots`` is ``"L"`` for a local layer (its window, and a slack where the target's
+    layout profits from one) and ``"C"`` for a global one (the context)."""
 
     kv_heads: int
     slots: Dim

@@ -77,7 +77,9 @@ class Weight:
             "minimums": ("float32", (rows, blocks)),
         }
         return tuple(
-            StoredTensor(name=f"{self.name}.{part}", dtype=shapes[part][0], shape=shapes[part][1], part=part, weight=self)
+            StoredTensor(
+                name=f"{self.name}.{part}", dtype=shapes[part][0], shape=shapes[part][1], part=part, weight=self
+            )
             for part in self.format.parts
         )
 
@@ -136,9 +138,11 @@ class WeightsPlan:
         return tuple(dict.fromkeys(entry.weight for entry in self.entries))
 
 
-def _write_order(entry: StoredTensor) -> tuple[bool, tuple[str | int, ...], str]:
-    """Entries whose size keeps 64-byte alignment first, then by name with numbers in numeric order."""
+def _write_order(entry: StoredTensor) -> tuple[bool, int, tuple[str, ...], str]:
+    """Entries whose size keeps 64-byte alignment first; the others by item size, so that each item stays aligned.
+
+    Then by name, with numbers in numeric order.
+    """
+    odd = entry.size_bytes % 64 != 0
     parts = tuple(f"{int(part):06d}" if part.isdigit() else part for part in entry.weight.name.split("."))
-    return entry.size_bytes % 64 != 0, parts, entry.name
-
-
+    return odd, -ITEM_BYTES[entry.dtype] if odd else 0, parts, entry.name

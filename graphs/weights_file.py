@@ -67,8 +67,12 @@ class WeightsFile:
 
     def __enter__(self) -> Self:
         self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.truncate(self._handle, self.layout.size_bytes)
-        self._write(0, memoryview(self.layout.header))
+        try:
+            os.truncate(self._handle, self.layout.size_bytes)
+            self._write(0, memoryview(self.layout.header))
+        except BaseException:
+            os.close(self._handle)
+            raise
         return self
 
     def __exit__(
@@ -82,7 +86,7 @@ class WeightsFile:
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         assert flat.nbytes % row_bytes == 0, f"{entry.name}: {flat.nbytes} bytes are no whole rows of {row_bytes}"
         assert row * row_bytes + flat.nbytes <= entry.size_bytes, f"{entry.name}: rows beyond its end"
-        self._write(self.layout.offsets[entry.name] + row * row_bytes, memoryview(flat))
+        self._write(self.layout.offsets[entry.name] + row * row_bytes, flat.data)
         return flat.nbytes
 
     def _write(self, offset: int, data: memoryview) -> None:

@@ -72,6 +72,7 @@ class OrtCaches(Caches):
     def __init__(self, manifest: Manifest, *, batch: int, context: int, provider: OrtProvider) -> None:
         self._layers = manifest.model.layers
         self._dtype, self._provider = manifest.caches.dtype, provider
+        self._slack = window_slack(manifest, provider)
         self.buffers = {
             name: self._new_buffer(layer, batch, context)
             for index, layer in enumerate(self._layers)
@@ -123,11 +124,21 @@ class OrtCaches(Caches):
             yield f"cache.{index}.v", layer
 
     def _new_buffer(self, layer: LayerFacts, batch: int, context: int) -> CacheBuffer:
-        slots = context if layer.window is None else layer.window
+        slots = context if layer.window is None else layer.window + self._slack
         return CacheBuffer((batch, layer.kv_heads, slots, layer.head_dim), self._dtype, self._provider)
 
     def _count_bytes(self) -> int:
         return sum(buffer.bytes_allocated for buffer in self.buffers.values())
+
+
+def window_slack(manifest: Manifest, provider: OrtProvider) -> int:
+    """Slots of a local layer beyond its window.
+
+    A compact cache that is full moves all its rows for each token; with a few slots to spare it moves them
+    once for as many tokens. CUDA's operator takes exactly the window.
+    """
+    slack = manifest.settings.get("window_slack", 0)
+    return int(slack) if provider == "cpu" else 0
 
 
 def aligned_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ import math
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -94,11 +95,16 @@ class Sampler:
     def __init__(self, options: SamplingOptions, vocab_size: int, prompt: Iterable[int] = (), stream: int = 0) -> None:
         self.options = options
         self.seed = secrets.randbits(32) if options.seed is None else options.seed
-        self._random = np.random.Generator(np.random.Philox(key=np.array([self.seed, stream], dtype=np.uint64)))
+        self._stream = stream
         self._penalises = options.repetition_penalty != 1.0
         self._seen = np.zeros(vocab_size if self._penalises else 0, dtype=np.bool_)
         if self._penalises:
             self._seen[np.fromiter(prompt, dtype=np.int64)] = True
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        """Made with the first draw: importing numpy's generators costs greedy text a part of its first token."""
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, self._stream], dtype=np.uint64)))
 
     def pick(self, logits_V: Logits) -> int:
         """The next token for finite ``logits_V`` [V], which are left as they are."""

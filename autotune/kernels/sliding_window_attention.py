@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autotune.kernels.cache_layout import Layout, kept_rows_BW, slot_positions_BW, take_rows
+from autotune.kernels.cache_layout import Layout, kept_rows_BC, slot_positions_BC, take_rows
 
 
 def sliding_window_attention(
@@ -38,17 +38,18 @@ def sliding_window_attention(
             means nothing and that never enters the cache. 0 leaves a sequence as it is.
         image_ids_BS: int64, which image a token belongs to, -1 for text. None: all text.
             An image lies within one chunk.
-        window: W; the caches have exactly W slots, whose unwritten rows must be finite.
+        window: W. The caches have exactly W slots (the compact layout may have more), whose unwritten
+            rows must be finite.
     """
-    chunk = q_BSND.shape[1]
+    chunk, slots = q_BSND.shape[1], k_cache_BGWD.shape[2]
     step_S = torch.arange(chunk, device=q_BSND.device)
     query_BS = start_B[:, None] + step_S
-    key_BK = torch.cat([slot_positions_BW(start_B, window, layout), query_BS], dim=1)
+    cached_BW = slot_positions_BC(start_B, window, slots, layout)
+    key_BK = torch.cat([cached_BW, query_BS], dim=1)
     q_BS1, k_B1K = query_BS[:, :, None], key_BK[:, None, :]
     visible_BSK = k_B1K <= q_BS1
     if image_ids_BS is not None:
-        cached_BW = torch.full_like(key_BK[:, :window], -1)
-        key_image_BK = torch.cat([cached_BW, image_ids_BS], dim=1)
+        key_image_BK = torch.cat([torch.full_like(cached_BW, -1), image_ids_BS], dim=1)
         same_BSK = key_image_BK[:, None, :] == image_ids_BS[:, :, None]
         visible_BSK = visible_BSK | (same_BSK & (image_ids_BS >= 0)[:, :, None])
     end_B11 = (start_B + length_B)[:, None, None]
@@ -61,5 +62,5 @@ def sliding_window_attention(
     out_BNSD = F.scaled_dot_product_attention(
         q_BSND.transpose(1, 2), k_BGKD, v_BGKD, attn_mask=mask_B1SK, scale=scale, enable_gqa=True
     )
-    rows_BW = kept_rows_BW(start_B, length_B, window, chunk, layout)
+    rows_BW = kept_rows_BC(start_B, length_B, window, slots, layout)
     return out_BNSD.transpose(1, 2).contiguous(), take_rows(k_BGKD, rows_BW), take_rows(v_BGKD, rows_BW)

@@ -37,7 +37,13 @@ class _Metadata:
         return value
 
     def integer(self, key: str, default: int | None = None, prefix: str = ARCHITECTURE + ".") -> int:
-        return int(self.number(key, default, prefix))
+        value = self.number(key, default, prefix)
+        if not float(value).is_integer():
+            raise CheckpointError(
+                f"{self.source}: `{prefix}{key}` must be an integer, but is {value}",
+                hint="the file is damaged or was written by a faulty converter: convert it again",
+            )
+        return int(value)
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.integer(key, default)
@@ -52,7 +58,8 @@ class _Metadata:
 def _tokens(meta: _Metadata) -> SpecialTokens:
     """Ids from the metadata; generation also ends at every piece that is named as an end."""
     prefix = "tokenizer.ggml."
-    pieces: Sequence[bytes] = meta.metadata.get(prefix + "tokens", ())
+    stored = meta.metadata.get(prefix + "tokens")
+    pieces: Sequence[bytes] = stored if isinstance(stored, list) else ()
     ids = [meta.integer("eos_token_id", 1, prefix), meta.integer("eot_token_id", -1, prefix)]
     ids += [pieces.index(piece) for piece in (b"<eos>", b"<end_of_turn>") if piece in pieces]
     return SpecialTokens(

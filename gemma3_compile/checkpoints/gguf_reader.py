@@ -39,7 +39,7 @@ class GgufCheckpoint(Checkpoint):
         self.source = path.name
         header = read_header(path)
         self._metadata = header.metadata
-        if header.metadata.get("split.count", 0) > 1:
+        if header.metadata.get("split.count", 0) not in (0, 1):
             raise CheckpointError(
                 f"{self.source}: this is one part of a GGUF that was split into {header.metadata['split.count']} files",
                 hint="merge the parts with `llama-gguf-split --merge`",

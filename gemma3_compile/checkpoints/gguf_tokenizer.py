@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gemma3_compile.config import SpecialTokens
 from runtimes.errors import CheckpointError
 
@@ -20,7 +22,7 @@ _PREFIX = "tokenizer.ggml."
 
 def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
     """Whether the file holds a SentencePiece vocabulary (``llama`` in ggml's words)."""
-    return metadata.get(_PREFIX + "model") == "llama" and _PREFIX + "tokens" in metadata
+    return metadata.get(_PREFIX + "model") == "llama" and isinstance(metadata.get(_PREFIX + "tokens"), list)
 
 
 def rebuild(metadata: Mapping[str, Any], tokens: SpecialTokens, source: str) -> bytes | None:
@@ -31,7 +33,7 @@ def rebuild(metadata: Mapping[str, Any], tokens: SpecialTokens, source: str) -> 
     if not has_tokenizer(metadata):
         return None
     pieces: Sequence[bytes] = metadata[_PREFIX + "tokens"]
-    scores, types = metadata.get(_PREFIX + "scores", ()), metadata.get(_PREFIX + "token_type", ())
+    scores, types = (_numbers(metadata.get(_PREFIX + key)) for key in ("scores", "token_type"))
     if not len(pieces) == len(scores) == len(types):
         raise CheckpointError(
             f"{source}: the tokenizer holds {len(pieces)} pieces, {len(scores)} scores and {len(types)} types, "
@@ -39,17 +41,29 @@ def rebuild(metadata: Mapping[str, Any], tokens: SpecialTokens, source: str) -> 
             hint="the file is damaged or was written by a faulty converter: convert it again",
         )
     specials = {tokens.bos: _CONTROL, tokens.pad: _CONTROL, tokens.unk: _UNKNOWN}
-    eos = int(metadata.get(_PREFIX + "eos_token_id", 1))
     # An instruction-tuned file names <end_of_turn> as its eos; SentencePiece's own is the piece <eos>.
-    eos = pieces.index(b"<eos>") if b"<eos>" in pieces else eos
+    eos = pieces.index(b"<eos>") if b"<eos>" in pieces else tokens.end[0]
     specials[eos] = _CONTROL
+    outside = sorted(index for index in specials if not 0 <= index < len(pieces))
+    unknown = sorted(set(types) - set(range(_NORMAL, _BYTE + 1)))
+    if outside or unknown:
+        fault = f"a special id is {outside[0]}" if outside else f"a piece is of type {unknown[0]:g}"
+        raise CheckpointError(
+            f"{source}: {fault}, but the tokenizer has {len(pieces)} pieces of types {_NORMAL} to {_BYTE}",
+            hint="the file is damaged or was written by a faulty converter: convert it again",
+        )
     return _serialize(pieces, scores, types, specials, tokens, eos, source)
+
+
+def _numbers(stored: object) -> list[float]:
+    """An array of the metadata as numbers, empty where there is none."""
+    return stored.tolist() if isinstance(stored, np.ndarray) else []
 
 
 def _serialize(
     pieces: Sequence[bytes],
     scores: Sequence[float],
-    types: Sequence[int],
+    types: Sequence[float],
     specials: Mapping[int, int],
     tokens: SpecialTokens,
     eos: int,
@@ -61,7 +75,9 @@ def _serialize(
     try:
         texts = [piece.decode() for piece in pieces]
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{source}: a piece of the tokenizer is not UTF-8: {error.object!r}") from error
+        raise CheckpointError(
+            f"{source}: a piece of the tokenizer is not UTF-8: {error.object!r}", hint="fetch it again"
+        ) from error
     for index, (text, score, stored) in enumerate(zip(texts, scores, types, strict=True)):
         kind = specials.get(index, _USER_DEFINED if stored == _CONTROL else int(stored))
         if kind == _USER_DEFINED:

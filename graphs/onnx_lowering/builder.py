@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphs.weights import StoredTensor
+from runtimes.errors import ExportError
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
@@ -49,6 +50,7 @@ class Builder:
         self.weight_uses: dict[str, WeightUse] = {}
         self._prefix = ""
         self._counts: Counter[str] = Counter()
+        self._computed: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
 
     def scope(self, prefix: str) -> None:
         """Names the nodes that follow after the FX node they come from."""
@@ -85,14 +87,22 @@ class Builder:
         domain: str = "",
         **attributes: int | float | str | Sequence[int] | ir.TensorProtocol,
     ) -> tuple[ir.Value, ...]:
-        """Appends a node with several outputs; a False in ``outputs`` is one that is left out."""
-        name = self._name(op_type)
+        """Appends a node with several outputs; a False in ``outputs`` is one that is left out.
+
+        A node that computes what an earlier one does is that earlier one: masks and sizes that every
+        layer asks for stand in the graph once.
+        """
         wanted = [True] * outputs if isinstance(outputs, int) else list(outputs)
+        key = (domain, op_type, tuple(inputs), tuple(wanted), repr(sorted(attributes.items())))
+        if key in self._computed:
+            return self._computed[key]
+        name = self._name(op_type)
         values = [ir.Value(name=f"{name}:{i}" if used else "") for i, used in enumerate(wanted)]
         self.nodes.append(
             ir.Node(domain, op_type, inputs, ir.convenience.convert_attributes(attributes), outputs=values, name=name)
         )
-        return tuple(values)
+        self._computed[key] = tuple(values)
+        return self._computed[key]
 
     def constant(self, data: npt.ArrayLike, dtype: str) -> ir.Value:
         """A small constant, stored in the graph itself; equal ones share one initializer."""
@@ -111,13 +121,20 @@ class Builder:
         return self.initializers[name]
 
     def weight(self, entry: StoredTensor, shape: Sequence[int] | None = None) -> ir.Value:
-        """An initializer over ``entry``; ``shape`` sees the same bytes with other dimensions."""
+        """An initializer over ``entry``; ``shape`` sees the same bytes with other dimensions.
+
+        Raises:
+            ExportError: another tensor of this graph has the name of ``entry``.
+        """
         dims = tuple(shape) if shape is not None else entry.shape
         name = entry.name if dims == entry.shape else f"{entry.name}@{'x'.join(map(str, dims))}"
         if name not in self.weight_uses:
             value = ir.Value(name=name, type=ir.TensorType(DTYPES[entry.dtype]), shape=ir.Shape(dims))
             self.weight_uses[name] = WeightUse(value=value, entry=entry, shape=dims)
-        return self.weight_uses[name].value
+        use = self.weight_uses[name]
+        if use.entry != entry:
+            raise ExportError(f"the graph wants two different tensors named `{entry.name}`: {use.entry} and {entry}")
+        return use.value
 
     def model(self, name: str, outputs: Sequence[ir.Value]) -> ir.Model:
         """The finished graph, with nodes that nothing uses left out."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import onnx_ir as ir
 from torch import Tensor, fx
 
+from graphs.node_args import tensor_value
 from graphs.onnx_lowering.builder import Builder
 from graphs.weights import Weight
 from runtimes.errors import ExportError
 
 Lowered = ir.Value | tuple[ir.Value, ...]
 Rule = Callable[["Context", fx.Node], Lowered]
-
-
 Activations = Literal["int8", "int16"]
 
 
@@ -41,15 +40,22 @@ class Context:
     weights: dict[str, Weight]
     rules: dict[object, Rule]
     values: dict[fx.Node, Lowered] = field(default_factory=dict)
-    split: dict[str, ir.Value] = field(default_factory=dict)
-    """An input of MatMulNBits, by name, to its int8 part and the rest, joined along the tokens."""
-    flat: dict[str, ir.Value] = field(default_factory=dict)
-    """For a value [B, S, N, D] that was reshaped: the [B, S, N * D] it came from, by name."""
+    split: dict[tuple[ir.Value, int], ir.Value] = field(default_factory=dict)
+    """An input of MatMulNBits and its block size, to its int8 part and the rest, joined along the tokens."""
+    symbols: dict[tuple[fx.Graph, str], ir.Value] = field(default_factory=dict)
+    """Sizes of dynamic dimensions that were read already, by graph and symbol."""
+    flat: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    """For a value [B, S, N, D] that was reshaped: the [B, S, N * D] it came from."""
 
     def value(self, argument: object) -> ir.Value:
-        """The single ONNX value of an FX argument."""
+        """The single ONNX value of an FX argument; a plain weight becomes an initializer when it is first read."""
         if not isinstance(argument, fx.Node):
             raise ExportError(f"expected a tensor, but got {argument!r}")
+        weight = self.weight(argument)
+        if weight is not None and weight.format is not None:
+            raise ExportError(f"`{weight.name}` is quantised ({weight.format}), but is read as a plain tensor")
+        if weight is not None:
+            return self.builder.weight(weight.stored()[0])
         lowered = self.values[argument]
         if isinstance(lowered, tuple):
             raise ExportError(f"node `{argument.name}` has {len(lowered)} values where one is expected")
@@ -59,7 +65,23 @@ class Context:
         """A tensor, or a Python number as a constant of ``like``'s dtype."""
         if isinstance(argument, fx.Node):
             return self.value(argument)
-        return self.builder.constant(argument, str(like.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+        if not isinstance(argument, int | float):
+            raise ExportError(f"expected a tensor or a number, but got {argument!r}")
+        return self.builder.constant(argument, dtype_name(like))
+
+    def size(self, argument: object) -> ir.Value:
+        """A dimension, static or not, as an int64 tensor of one element."""
+        return self.builder.constant([argument], "int64") if isinstance(argument, int) else self.value(argument)
+
+    def dimension(self, node: fx.Node, axis: int) -> ir.Value:
+        """The size of a dimension as an int64 tensor of one element; read once for each symbol."""
+        size = tensor_value(node).shape[axis]
+        if isinstance(size, int):
+            return self.size(size)
+        symbol = (node.graph, str(size))
+        if symbol not in self.symbols:
+            self.symbols[symbol] = self.builder.op("Shape", [self.value(node)], start=axis, end=axis + 1)
+        return self.symbols[symbol]
 
     def weight(self, argument: object) -> Weight | None:
         """The recipe behind an FX argument, if it is a weight."""
@@ -90,6 +112,11 @@ class Context:
             raise ExportError(f"node `{node.name}` ({node.target}): its lowering failed: {error!r}") from error
 
 
+def dtype_name(value: Tensor) -> str:
+    """The dtype as numpy and the builder spell it: ``float32``."""
+    return str(value.dtype).removeprefix("torch.")
+
+
 def merge_tables(*tables: dict[object, Rule]) -> dict[object, Rule]:
     """One table of rules; an op that stands in two tables is an error."""
     merged: dict[object, Rule] = {}
@@ -99,8 +126,3 @@ def merge_tables(*tables: dict[object, Rule]) -> dict[object, Rule]:
                 raise ExportError(f"two rules lower {op}: {merged[op].__module__} and {rule.__module__}")
             merged[op] = rule
     return merged
-
-
-def dims(value: Tensor) -> Sequence[object]:
-    """The symbolic shape of an FX value."""
-    return tuple(value.shape)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from graphs.onnx_lowering.context import Context, Lowered
+from graphs.node_args import tensor_value
+from graphs.onnx_lowering.context import Context
 from graphs.passes.drop_noops import run as drop_noops
 from graphs.program import Program
 from graphs.stages import Stage
+from runtimes.errors import ExportError
 
 Body = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -58,15 +61,29 @@ class Inliner:
     def __init__(self) -> None:
         self._traces: dict[object, fx.Graph] = {}
 
-    def lower(self, ctx: Context, key: object, body: Body, arguments: Sequence[fx.Node]) -> tuple[Lowered, ...]:
-        """Lowers ``body`` over FX ``arguments``; ``key`` names the body with its constants."""
-        fakes = [node.meta["val"] for node in arguments]
+    def lower(
+        self,
+        ctx: Context,
+        key: object,
+        body: Body,
+        arguments: Sequence[fx.Node],
+        values: Sequence[ir.Value] | None = None,
+    ) -> tuple[ir.Value, ...]:
+        """Lowers ``body`` over FX ``arguments``.
+
+        Args:
+            key: names the body with its constants.
+            values: what the arguments became, where that is not what ``ctx`` holds for them.
+        """
+        fakes = [tensor_value(node) for node in arguments]
         signature = (key, tuple((str(tuple(x.shape)), x.dtype) for x in fakes))
         if signature not in self._traces:
             self._traces[signature] = trace(body, fakes)
         graph = self._traces[signature]
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        for placeholder, argument in zip(placeholders, arguments, strict=True):
-            ctx.values[placeholder] = ctx.values[argument]
+        lowered = [ctx.value(node) for node in arguments] if values is None else values
+        ctx.values.update(zip(placeholders, lowered, strict=True))
         outputs = ctx.lower(graph)
-        return tuple(ctx.values[node] for node in outputs)  # type: ignore[attr-defined]
+        if not isinstance(outputs, list | tuple):
+            raise ExportError(f"the body {key} must give a tuple of tensors, but gives {outputs!r}")
+        return tuple(ctx.value(node) for node in outputs)

@@ -37,7 +37,8 @@ def lower_for_ort(program: Program, options: OrtOptions) -> LoweredStage:
     """Lowers ``program`` in the ``ort`` dialect."""
     builder = Builder()
     ctx = Context(builder=builder, options=options, weights=program.weights, rules=ORT_RULES)
-    _bind_placeholders(ctx, program)
+    for node, spec in zip(program.input_nodes(), program.stage.inputs, strict=True):
+        ctx.values[node] = builder.input(spec.name, spec.dtype, spec.shape)
     outputs = ctx.lower(program.graph)
     values = _name_outputs(ctx, program, outputs)
     model = builder.model(program.stage.name, values)
@@ -45,16 +46,6 @@ def lower_for_ort(program: Program, options: OrtOptions) -> LoweredStage:
     probes = {name: str(ctx.value(node).name) for name, node in program.probes.items()}
     uses = tuple(use for use in builder.weight_uses.values() if use.value.name in used)
     return LoweredStage(model=model, weight_uses=uses, probes=probes)
-
-
-def _bind_placeholders(ctx: Context, program: Program) -> None:
-    """Inputs become graph inputs; weights that are stored as they are, initializers."""
-    for node, spec in zip(program.input_nodes(), program.stage.inputs, strict=True):
-        ctx.values[node] = ctx.builder.input(spec.name, spec.dtype, spec.shape)
-    for node in program.graph.nodes:
-        weight = program.weights.get(node.name)
-        if weight is not None and weight.format is None:
-            ctx.values[node] = ctx.builder.weight(weight.stored()[0])
 
 
 def _name_outputs(ctx: Context, program: Program, outputs: object) -> list[ir.Value]:

@@ -7,16 +7,26 @@ import operator
 import torch
 from torch import fx
 
+from graphs.node_args import argument, float_arg, ints_arg, list_arg, node_arg, tensor_value
 from graphs.onnx_lowering.builder import DTYPES
-from graphs.onnx_lowering.context import Context, Lowered, Rule
+from graphs.onnx_lowering.context import Context, Lowered, Rule, dtype_name
+from runtimes.errors import ExportError
 
 aten = torch.ops.aten
 
 
+def _only(node: fx.Node, count: int) -> None:
+    """Refuses arguments beyond the first ``count``, which a rule would otherwise drop without a word."""
+    extra = [*node.args[count:], *node.kwargs.items()]
+    if extra:
+        raise ExportError(f"node `{node.name}` ({node.target}): its arguments {extra} cannot be lowered")
+
+
 def _binary(op_type: str) -> Rule:
     def rule(ctx: Context, node: fx.Node) -> Lowered:
-        a, b = node.args[:2]
-        like = next(x.meta["val"] for x in (a, b) if isinstance(x, fx.Node))
+        _only(node, 2)
+        a, b = argument(node, 0), argument(node, 1)
+        like = next(tensor_value(x) for x in (a, b) if isinstance(x, fx.Node))
         return ctx.builder.op(op_type, [ctx.operand(a, like), ctx.operand(b, like)])
 
     return rule
@@ -26,65 +36,67 @@ def _size_arithmetic(op_type: str) -> Rule:
     """Arithmetic on dimensions, which are int64 tensors of one element."""
 
     def rule(ctx: Context, node: fx.Node) -> Lowered:
-        operands = [ctx.value(x) if isinstance(x, fx.Node) else ctx.builder.constant([x], "int64") for x in node.args]
-        return ctx.builder.op(op_type, operands)
+        return ctx.builder.op(op_type, [ctx.size(argument(node, 0)), ctx.size(argument(node, 1))])
 
     return rule
 
 
-def _not_equal(ctx: Context, node: fx.Node) -> Lowered:
-    return ctx.builder.op("Not", [_binary("Equal")(ctx, node)])  # type: ignore[list-item]
+def _floor_divide(ctx: Context, node: fx.Node) -> Lowered:
+    """(a - a mod b) / b, since ONNX's Div of whole numbers rounds towards zero."""
+    _only(node, 2)
+    b, like = ctx.builder, tensor_value(node)
+    if like.dtype.is_floating_point:
+        raise ExportError(f"node `{node.name}`: only whole numbers can be divided and rounded down")
+    dividend, divisor = ctx.operand(argument(node, 0), like), ctx.operand(argument(node, 1), like)
+    return b.op("Div", [b.op("Sub", [dividend, b.op("Mod", [dividend, divisor])]), divisor])
 
 
 def _where(ctx: Context, node: fx.Node) -> Lowered:
-    condition, a, b = node.args
-    result = node.meta["val"]
-    return ctx.builder.op("Where", [ctx.value(condition), ctx.operand(a, result), ctx.operand(b, result)])
+    result = tensor_value(node)
+    branches = [ctx.operand(argument(node, index), result) for index in (1, 2)]
+    return ctx.builder.op("Where", [ctx.value(node_arg(node, 0)), *branches])
 
 
 def _clamp(ctx: Context, node: fx.Node) -> Lowered:
-    low = node.args[1] if len(node.args) > 1 else None
-    high = node.args[2] if len(node.args) > 2 else None
-    out = ctx.value(node.args[0])
-    for op_type, bound in (("Max", low), ("Min", high)):
-        if isinstance(bound, fx.Node):
-            out = ctx.builder.op(op_type, [out, ctx.value(bound)])
-        elif bound is not None:
-            out = ctx.builder.op(op_type, [out, ctx.operand(bound, node.meta["val"])])
+    out = ctx.value(node_arg(node, 0))
+    for op_type, bound in (("Max", argument(node, 1, "min")), ("Min", argument(node, 2, "max"))):
+        if bound is not None:
+            out = ctx.builder.op(op_type, [out, ctx.operand(bound, tensor_value(node))])
     return out
 
 
 def _cast(ctx: Context, node: fx.Node) -> Lowered:
-    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-    return ctx.builder.op("Cast", [ctx.value(node.args[0])], to=int(DTYPES[dtype]))
+    return ctx.builder.op("Cast", [ctx.value(node_arg(node, 0))], to=int(DTYPES[dtype_name(tensor_value(node))]))
 
 
 def _gelu(ctx: Context, node: fx.Node) -> Lowered:
-    return ctx.builder.op("Gelu", [ctx.value(node.args[0])], approximate=node.kwargs.get("approximate", "none"))  # type: ignore[arg-type]
+    form = str(node.kwargs.get("approximate", "none"))
+    return ctx.builder.op("Gelu", [ctx.value(node_arg(node, 0))], approximate=form)
 
 
 def _layer_norm(ctx: Context, node: fx.Node) -> Lowered:
-    x, shape, scale, bias, eps = node.args[:5]
-    inputs = [ctx.value(x), ctx.value(scale), ctx.value(bias)]
-    return ctx.builder.op("LayerNormalization", inputs, axis=-len(shape), epsilon=eps)  # type: ignore[arg-type]
+    inputs = [ctx.value(node_arg(node, index)) for index in (0, 2, 3)]
+    return ctx.builder.op("LayerNormalization", inputs, axis=-len(list_arg(node, 1)), epsilon=float_arg(node, 4))
 
 
 def _conv2d(ctx: Context, node: fx.Node) -> Lowered:
-    x, weight, bias, stride = node.args[:4]
-    return ctx.builder.op("Conv", [ctx.value(x), ctx.value(weight), ctx.value(bias)], strides=stride)  # type: ignore[arg-type]
+    _only(node, 4)
+    inputs = [ctx.value(node_arg(node, index)) for index in (0, 1, 2)]
+    return ctx.builder.op("Conv", inputs, strides=ints_arg(node, 3))
 
 
 def _avg_pool2d(ctx: Context, node: fx.Node) -> Lowered:
-    x, kernel, stride = node.args[:3]
-    return ctx.builder.op("AveragePool", [ctx.value(x)], kernel_shape=kernel, strides=stride)  # type: ignore[arg-type]
+    _only(node, 3)
+    return ctx.builder.op(
+        "AveragePool", [ctx.value(node_arg(node, 0))], kernel_shape=ints_arg(node, 1), strides=ints_arg(node, 2)
+    )
 
 
 RULES: dict[object, Rule] = {
     aten.add.Tensor: _binary("Add"),
     aten.sub.Tensor: _binary("Sub"),
     aten.mul.Tensor: _binary("Mul"),
-    aten.div.Tensor: _binary("Div"),
-    aten.remainder.Scalar: _binary("Mod"),
+    aten.floor_divide.default: _floor_divide,
     aten.le.Tensor: _binary("LessOrEqual"),
     aten.le.Scalar: _binary("LessOrEqual"),
     aten.lt.Tensor: _binary("Less"),
@@ -95,14 +107,12 @@ RULES: dict[object, Rule] = {
     aten.gt.Scalar: _binary("Greater"),
     aten.eq.Tensor: _binary("Equal"),
     aten.eq.Scalar: _binary("Equal"),
-    aten.ne.Tensor: _not_equal,
     aten.bitwise_and.Tensor: _binary("And"),
     aten.bitwise_or.Tensor: _binary("Or"),
     aten.__and__.Tensor: _binary("And"),
     aten.__or__.Tensor: _binary("Or"),
     aten.where.self: _where,
     aten.where.ScalarOther: _where,
-    aten.where.ScalarSelf: _where,
     aten.clamp.default: _clamp,
     aten.to.dtype: _cast,
     aten.gelu.default: _gelu,
@@ -111,5 +121,4 @@ RULES: dict[object, Rule] = {
     aten.avg_pool2d.default: _avg_pool2d,
     operator.add: _size_arithmetic("Add"),
     operator.sub: _size_arithmetic("Sub"),
-    operator.mul: _size_arithmetic("Mul"),
 }

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 PASSES: tuple[Pass, ...] = (
     DROP_NOOPS,
     NAME_LAYERS,  # after drop_noops, which would erase a marked node; before any rewrite
-    FOLD_NORM_OFFSET,
+    FOLD_NORM_OFFSET,  # after drop_noops, as torch.export's assertions would keep the plain weight alive
     MERGE_LINEARS,
     FUSE_ADD_NORM,
 )

@@ -9,19 +9,21 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from graphs.node_args import argument, node_arg, tensor_value
 from graphs.passes.base import Pass, PassResult
 from graphs.program import Program
 
 aten = torch.ops.aten
 KEEP_ALL = 2**63 - 1
+"""The end of ``x[a:]``, as torch.export writes it."""
 
 
 def _is_noop(node: fx.Node) -> bool:
     if node.target is aten.to.dtype:
-        return bool(node.args[0].meta["val"].dtype == node.args[1])  # type: ignore[union-attr]
+        return tensor_value(node_arg(node, 0)).dtype is argument(node, 1)
     if node.target is aten.slice.Tensor:
-        _, _, start, end, *step = node.args
-        return start in (0, None) and end == KEEP_ALL and step in ([], [1])
+        start, end, step = argument(node, 2), argument(node, 3), argument(node, 4, "step", 1)
+        return start in (0, None) and end == KEEP_ALL and step == 1
     return node.target in (aten.contiguous.default, aten.alias.default, aten.detach_.default)
 
 
@@ -34,9 +36,7 @@ def run(program: Program) -> PassResult:
         if node.target is aten._assert_tensor_metadata.default:
             program.graph.erase_node(node)
         elif _is_noop(node):
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            node.replace_all_uses_with(source)
+            node.replace_all_uses_with(node_arg(node, 0))
             program.graph.erase_node(node)
         else:
             continue

@@ -12,7 +12,8 @@ import operator
 import torch
 from torch import fx
 
-from graphs import ops
+from graphs.node_args import argument, tensor_value
+from graphs.ops import gemma3c
 from graphs.passes.base import Pass, PassResult
 from graphs.program import Program
 
@@ -21,13 +22,15 @@ aten = torch.ops.aten
 
 def _refusal(norm: fx.Node, total: fx.Node) -> str | None:
     """Why ``norm`` cannot take over ``total``, or None."""
-    a, b = total.args[:2]
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-        return f"{total.name}: not the sum of two tensors"
-    if a.meta["val"].shape != b.meta["val"].shape:
-        return f"{total.name}: shapes differ, {tuple(a.meta['val'].shape)} and {tuple(b.meta['val'].shape)}"
-    if len(norm.args) < 4 or norm.args[2] is None:
+    a, b = argument(total, 0), argument(total, 1)
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or total.kwargs:
+        return f"{total.name}: not the plain sum of two tensors"
+    if tensor_value(a).shape != tensor_value(b).shape:
+        return f"{total.name}: shapes differ, {tuple(tensor_value(a).shape)} and {tuple(tensor_value(b).shape)}"
+    if argument(norm, 2) is None or argument(norm, 3) is None:
         return f"{norm.name}: the norm has no scale or no epsilon"
+    if any(user < norm for user in total.users):
+        return f"{total.name}: it is read before {norm.name}, where the fused node would stand"
     return None
 
 
@@ -43,7 +46,7 @@ def run(program: Program) -> PassResult:
             continue
         with graph.inserting_before(norm):
             fused = graph.call_function(
-                torch.ops.gemma3c.add_rms_norm.default, (total.args[0], total.args[1], norm.args[2], norm.args[3])
+                gemma3c.add_rms_norm.default, (total.args[0], total.args[1], norm.args[2], norm.args[3])
             )
             normed = graph.call_function(operator.getitem, (fused, 0))
             added = graph.call_function(operator.getitem, (fused, 1))
@@ -60,4 +63,3 @@ def run(program: Program) -> PassResult:
 
 
 FUSE_ADD_NORM = Pass(name="fuse_add_norm", run=run)
-assert ops  # registers gemma3c.add_rms_norm

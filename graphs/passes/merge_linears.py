@@ -13,35 +13,43 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from graphs.node_args import argument, node_arg, tensor_value
 from graphs.passes.base import Pass, PassResult
 from graphs.program import Program
+from graphs.weights import Weight
 
 aten = torch.ops.aten
 
 
 def _siblings(program: Program) -> list[list[fx.Node]]:
-    """Groups of linears without bias over the same input, in graph order."""
+    """Groups of linears over the same input, in graph order."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in program.graph.nodes:
-        if node.target is aten.linear.default and len(node.args) == 2 and node.args[1].name in program.weights:
-            groups.setdefault(node.args[0], []).append(node)
+        if node.target is aten.linear.default and node_arg(node, 1).name in program.weights:
+            groups.setdefault(node_arg(node, 0), []).append(node)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _weights(program: Program, group: list[fx.Node]) -> list[Weight]:
+    return [program.weights[node_arg(node, 1).name] for node in group]
 
 
 def _refusal(program: Program, group: list[fx.Node]) -> str | None:
     """Why the weights of ``group`` cannot be stacked, or None."""
-    weights = [program.weights[node.args[1].name] for node in group]  # type: ignore[union-attr]
-    if len({(w.format, w.dtype) for w in weights}) > 1:
-        return f"{'+'.join(w.name for w in weights)}: formats differ ({', '.join(str(w.format) for w in weights)})"
+    weights = _weights(program, group)
+    names = "+".join(weight.name for weight in weights)
+    if any(argument(node, 2, "bias") is not None for node in group):
+        return f"{names}: they have biases"
+    if len({(w.format, w.dtype, w.offset) for w in weights}) > 1:
+        return f"{names}: formats differ ({', '.join(str(w.format or w.dtype) for w in weights)})"
     if len({w.name.rsplit(".", 2)[0] for w in weights}) > 1:
-        return f"{'+'.join(w.name for w in weights)}: they belong to different modules"
+        return f"{names}: they belong to different modules"
     return None
 
 
 def _merge(program: Program, group: list[fx.Node]) -> None:
-    graph, x = program.graph, group[0].args[0]
-    assert isinstance(x, fx.Node)
-    weights = [program.weights[node.args[1].name] for node in group]  # type: ignore[union-attr]
+    graph, x = program.graph, node_arg(group[0], 0)
+    weights = _weights(program, group)
     rows = [weight.shape[0] for weight in weights]
     stacked = replace(
         weights[0],
@@ -49,14 +57,14 @@ def _merge(program: Program, group: list[fx.Node]) -> None:
         shape=(sum(rows), weights[0].shape[1]),
     )
     parameter = program.add_weight(stacked, near=group[0])
-    with graph.inserting_after(x):
+    with graph.inserting_before(group[0]):
         merged = graph.call_function(aten.linear.default, (x, parameter))
-    merged.meta["val"] = x.meta["val"].new_empty((*x.meta["val"].shape[:-1], sum(rows)))
-    with graph.inserting_after(merged):
         split = graph.call_function(aten.split_with_sizes.default, (merged, rows, -1))
-    split.meta["val"] = [node.meta["val"] for node in group]
-    for index, node in reversed(list(enumerate(group))):
-        with graph.inserting_after(split):
+    value = tensor_value(x)
+    merged.meta["val"] = value.new_empty((*value.shape[:-1], sum(rows)))
+    split.meta["val"] = [tensor_value(node) for node in group]
+    for index, node in enumerate(group):
+        with graph.inserting_before(node):
             part = graph.call_function(operator.getitem, (split, index))
         part.meta.update(node.meta)
         node.replace_all_uses_with(part)

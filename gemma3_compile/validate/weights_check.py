@@ -1,0 +1,125 @@
+"""The bundle's weights, read back, beside the checkpoint's, tensor by tensor.
+
+    error = rms(stored - checkpoint) / rms(checkpoint)    for rounded tensors
+    error = max |stored - checkpoint| / max |checkpoint|  for those that are kept
+
+A writer's fault that graph and eager model would share (both take the bundle's weights) shows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from gemma3_compile.validate.report import Finding, Row
+from gemma3_compile.validate.tolerances import KEPT, ROUNDED, Limits
+from gemma3_compile.validate.weights import BundleWeights, Weights
+from graphs.weights import BlockFormat
+from runtimes.progress import SILENT, Progress
+
+STAGE = "weights"
+_LISTED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """One tensor: its errors, and for one that is off what it looks like."""
+
+    name: str
+    relative: float
+    absolute: float
+    look: str | None
+
+
+def check_weights(
+    stored: BundleWeights, checkpoint: Weights, progress: Progress = SILENT
+) -> tuple[list[Row], list[Finding]]:
+    """One row for each way of storing; a finding for the tensors that are not the checkpoint's."""
+    groups: dict[str, list[_Compared]] = {}
+    names = [name for name in stored.shapes if stored.holds(name)]
+    with progress.task("weights against checkpoint", total=len(names), unit="tensors") as advance:
+        for name in names:
+            group = _group(stored.form(name), stored.keeps(name))
+            groups.setdefault(group, []).append(_compare(name, stored.read(name), checkpoint.read(name), group))
+            advance(1)
+    rows = [_row(group, tensors) for group, tensors in groups.items()]
+    findings = [_finding(group, tensors) for group, tensors in groups.items()]
+    return rows, [finding for finding in findings if finding is not None]
+
+
+def identical(rows: list[Row]) -> bool:
+    """Whether every tensor is the checkpoint's, so that both references are one."""
+    return all(row.case == _KEPT_GROUP and row.passed for row in rows)
+
+
+_KEPT_GROUP = "kept"
+_LIMITS: Mapping[str, Limits] = MappingProxyType({_KEPT_GROUP: KEPT, **{f"{b} bits": ROUNDED[b] for b in ROUNDED}})
+
+
+def _group(form: BlockFormat | None, kept: bool) -> str:
+    return _KEPT_GROUP if form is None or kept else f"{form.bits} bits"
+
+
+def _compare(name: str, stored: Tensor, original: Tensor, group: str) -> _Compared:
+    difference = stored - original
+    absolute = float(difference.abs().max())
+    if group == _KEPT_GROUP:
+        relative = absolute / max(float(original.abs().max()), 1.0 if original.dim() == 1 else 1e-30)
+    else:
+        relative = float(difference.square().mean().sqrt() / original.square().mean().sqrt().clamp(min=1e-30))
+    if not relative == relative:  # NaN on either side
+        relative = absolute = float("inf")
+    is_off = bool(_LIMITS[group].beyond(relative, None))
+    return _Compared(
+        name=name, relative=relative, absolute=absolute, look=_look(stored, original) if is_off else None
+    )
+
+
+def _look(stored: Tensor, original: Tensor) -> str:
+    """What relates a tensor to the one that it should be."""
+    if not bool(stored.isfinite().all()):
+        return "holds NaN or infinite values"
+    if not bool(stored.any()):
+        return "is all zeros, as in a bundle that was laid out without weights"
+    difference, size = stored - original, original.square().mean().sqrt()
+    shift = difference.mean()
+    if float((difference - shift).square().mean().sqrt()) < 1e-3 * float(size):
+        return f"is the checkpoint's with {float(shift):.4g} added (a norm's 1 + w, once too often or too seldom?)"
+    ratio = (stored * original).sum() / original.square().sum()
+    if float((stored - ratio * original).square().mean().sqrt()) < 0.1 * float(ratio.abs() * size):
+        return f"is the checkpoint's times {float(ratio):.4g}"
+    transposed = stored.dim() == 2 and stored.shape[0] == stored.shape[1]
+    if transposed and float((stored.T - original).square().mean().sqrt()) < 0.3 * float(size):
+        return "is the checkpoint's, transposed"
+    return "holds other values than the checkpoint: of another model, or damaged"
+
+
+def _row(group: str, tensors: list[_Compared]) -> Row:
+    worst = max(tensors, key=lambda tensor: tensor.relative)
+    limits = _LIMITS[group]
+    return Row(
+        stage=STAGE,
+        case=group,
+        against="checkpoint",
+        rows=len(tensors),
+        max_error=max(tensor.absolute for tensor in tensors),
+        relative_error=worst.relative,
+        limits=limits,
+        beyond=limits.beyond(worst.relative, None),
+    )
+
+
+def _finding(group: str, tensors: list[_Compared]) -> Finding | None:
+    off = sorted((tensor for tensor in tensors if tensor.look is not None), key=lambda t: -t.relative)
+    if not off:
+        return None
+    return Finding(
+        stage=STAGE,
+        place=f"{len(off)} of {len(tensors)} tensors ({group})",
+        cause="weights",
+        sentence="what the bundle stores is not what the checkpoint holds",
+        evidence=tuple(f"`{t.name}`, error {t.relative:.2g}: {t.look}" for t in off[:_LISTED]),
+    )
