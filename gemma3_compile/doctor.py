@@ -18,7 +18,7 @@ from typing import Literal
 
 State = Literal["works", "missing", "planned"]
 
-_BUILD_PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "safetensors", "gguf", "huggingface-hub")
+_BUILD_PACKAGES = ("torch", "onnx", "onnx-ir", "safetensors", "gguf", "huggingface-hub")
 _TORCH_RANGE = ((2, 11), (2, 15))
 _ORT_FROM = (1, 32)
 _ORT_GPU_FROM = (1, 31, 1)

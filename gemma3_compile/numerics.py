@@ -57,7 +57,9 @@ class DivergenceMeter:
         top_R1 = expected_RV.argmax(axis=1)[:, None]
         other_R1 = actual_RV.argmax(axis=1)[:, None]
         lead_R = np.take_along_axis(expected_RV, top_R1, axis=1)[:, 0]
-        self._flips.append((lead_R - np.take_along_axis(expected_RV, other_R1, axis=1)[:, 0])[(top_R1 != other_R1)[:, 0]])
+        self._flips.append(
+            (lead_R - np.take_along_axis(expected_RV, other_R1, axis=1)[:, 0])[(top_R1 != other_R1)[:, 0]]
+        )
         self._margins.append(lead_R - np.partition(expected_RV, -2, axis=1)[:, -2])
         finite_R = np.isfinite(actual_RV).all(axis=1) & np.isfinite(expected_RV).all(axis=1)
         kl_R = np.full(len(expected_RV), np.inf)

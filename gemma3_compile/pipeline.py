@@ -5,6 +5,8 @@
         graphs   = export, passes, lowering for each stage
         weights  = one safetensors file that every graph points into
         manifest = what the runtime must know, and what was done
+
+An error or an interrupt anywhere in it leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +23,10 @@ import onnx_ir as ir
 
 from gemma3_compile.blocks import Blocks, keeps_grid
 from gemma3_compile.checkpoints import Checkpoint, check_tensors, open_checkpoint
+from gemma3_compile.config import ModelConfig, TextConfig
 from gemma3_compile.facts import model_facts, stage_facts
 from gemma3_compile.formats import Dtype, choose_formats, default_activations, stored_dtype
-from gemma3_compile.stage_graphs import CompiledStage, compile_for_ort, stages_of
+from gemma3_compile.stage_graphs import CompiledStage, compile_for_ort
 from gemma3_compile.weights_writer import WeightsWriter, ledger
 from graphs.onnx_lowering.context import Activations, OrtOptions
 from graphs.onnx_lowering.lower import bind_weights
@@ -31,13 +34,13 @@ from graphs.weights import BlockFormat, WeightsPlan
 from graphs.weights_file import WeightsFile, WeightsLayout
 from runtimes.bundle_writer import BundleWriter, source_date
 from runtimes.errors import UsageError
-from runtimes.manifest import CacheFacts, Manifest, TokenizerFacts, WeightFacts
+from runtimes.manifest import CacheFacts, Manifest, Scalar, TokenizerFacts, WeightFacts
 from runtimes.progress import SILENT, Progress
 from runtimes.version import __version__
 
 WEIGHTS, LEDGER, TOKENIZER = "weights.safetensors", "weights.json", "tokenizer.model"
-BUILD_OVERHEAD_BYTES = 900 * 2**20
-"""What a build takes whatever the size: torch, the traced graphs and a few million weights at a time."""
+WRITING_BYTES = 225 * 2**20
+"""What writing weights takes on top of the traced graphs: a chunk in fp32, its codes and what rounding needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,16 +122,22 @@ def plan(request: BuildRequest) -> BuildPlan:
             source=checkpoint.source,
             weights_bytes=weights,
             context=context,
-            cache_bytes=cache_bytes(config.text.layer_kinds, config.text.sliding_window, context, 4)
-            * 2 * config.text.num_kv_heads * config.text.head_dim,
-            peak_bytes=_peak_rss_bytes() + BUILD_OVERHEAD_BYTES // 4,
+            cache_bytes=cache_bytes(config.text, context),
+            peak_bytes=_peak_rss_bytes() + WRITING_BYTES,
             notes=checkpoint.warnings,
-        )  # fmt: skip
+        )
 
 
-def cache_bytes(kinds: tuple[str, ...], window: int, context: int, item_bytes: int) -> int:
-    """Bytes of one head's keys for each unit of head size: W slots on local layers, ``context`` on global ones."""
-    return sum(min(window, context) if kind == "local" else context for kind in kinds) * item_bytes
+def window_slack(text: TextConfig) -> int:
+    """Slots that a local layer gets beyond its window, so that a full cache moves its rows once in that many tokens."""
+    return max(1, text.sliding_window // 16)
+
+
+def cache_bytes(text: TextConfig, context: int) -> int:
+    """Keys and values of one sequence in fp32: the window and its slack on local layers, ``context`` on global ones."""
+    local = text.sliding_window + window_slack(text)
+    slots = sum(local if kind == "local" else context for kind in text.layer_kinds)
+    return slots * 2 * text.num_kv_heads * text.head_dim * 4
 
 
 def _require_target(target: str) -> None:
@@ -157,7 +166,7 @@ def _open(request: BuildRequest) -> Checkpoint:
 
 def _write_graphs(writer: BundleWriter, compiled: tuple[CompiledStage, ...], layout: WeightsLayout) -> dict[str, str]:
     """Saves each stage's ONNX file, its initializers pointing into the weights file; stage to file name."""
-    graphs = {}
+    graphs: dict[str, str] = {}
     for stage in compiled:
         name = f"{stage.stage.name}.onnx"
         bind_weights(stage.lowered, file=WEIGHTS, offsets=layout.offsets, folder=writer.folder)
@@ -173,7 +182,9 @@ def _calibrate(
     return {}
 
 
-def _describe(checkpoint: Checkpoint, calibrated: Mapping[str, Blocks]):  # type: ignore[no-untyped-def]
+def _describe(checkpoint: Checkpoint, calibrated: Mapping[str, Blocks]) -> Callable[[str, BlockFormat], str]:
+    """Names what a source went through on its way into a format."""
+
     def how(source: str, form: BlockFormat) -> str:
         if source in calibrated:
             return "rounded with calibration"
@@ -204,9 +215,9 @@ def _manifest(
     options: OrtOptions,
     tokenizer: TokenizerFacts | None,
 ) -> Manifest:
-    packages = ("torch", "onnx", "onnx-ir")
+    versions = {package: metadata.version(package) for package in ("torch", "onnx", "onnx-ir")}
     return Manifest(
-        producer={"gemma3c": __version__, **{p: metadata.version(p) for p in packages}, "checkpoint": checkpoint.source},
+        producer={"gemma3c": __version__, **versions, "checkpoint": checkpoint.source},
         created=source_date(),
         target="ort",
         model=model_facts(checkpoint.config, checkpoint.image_settings()),
@@ -215,13 +226,18 @@ def _manifest(
         weights=WeightFacts(file=WEIGHTS, dtype=stored_dtype(formats, dtype), ledger=LEDGER),
         tokenizer=tokenizer,
         probes={s.stage.name: tuple(s.lowered.probes.values()) for s in compiled},
-        settings={
-            "image_in_place": True,
-            "graph_optimization": "all",
-            "window_slack": max(1, checkpoint.config.text.sliding_window // 16),
-        }
-        | ({"activations": options.activations} if formats else {}),
+        settings=_settings(checkpoint.config, options, quantised=bool(formats)),
     )
+
+
+def _settings(config: ModelConfig, options: OrtOptions, *, quantised: bool) -> dict[str, Scalar]:
+    """What only this target's runtime reads; docs/runtime.md lists the keys."""
+    settings: dict[str, Scalar] = {
+        "image_in_place": True,
+        "graph_optimization": "all",
+        "window_slack": window_slack(config.text),
+    }
+    return {**settings, "activations": options.activations} if quantised else settings
 
 
 def _write_json(writer: BundleWriter, name: str, data: object) -> None:

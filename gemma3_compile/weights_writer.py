@@ -15,19 +15,12 @@ import torch
 from gemma3_compile.blocks import Blocks, keeps_grid, kept_blocks
 from gemma3_compile.checkpoints import Checkpoint
 from gemma3_compile.quantize.rounding import quantize_rtn
-from graphs.weights import BlockFormat, StoredTensor, Weight, WeightsPlan
+from graphs.weights import BlockFormat, Part, StoredTensor, Weight, WeightsPlan
 from graphs.weights_file import WeightsFile
 from runtimes.progress import SILENT, Advance, Progress
 
 CHUNK_ELEMENTS = 1 << 23
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceSpan:
-    """Where the rows of one checkpoint tensor lie in a weight that may stack several."""
-
-    weight: Weight
-    row: int
+"""Weights that are in memory at a time, in fp32 and as codes."""
 
 
 @dataclass(kw_only=True)
@@ -53,20 +46,22 @@ class WeightsWriter:
     def _write_source(
         self, source: str, weight: Weight, row: int, entries: list[StoredTensor], advance: Advance
     ) -> int:
+        """Writes one source from row ``row`` of the stacked weight on; returns how many rows it has."""
         shape = self.checkpoint.info(source).shape
         for start, stop in _chunks(shape):
+            parts = self._parts(source, weight, start, stop)
             for entry in entries:
-                data = self._part(source, weight, entry, start, stop)
-                advance(self.file.write_rows(entry, row + start, data))
+                advance(self.file.write_rows(entry, row + start, parts[entry.part]))
         return shape[0]
 
-    def _part(
-        self, source: str, weight: Weight, entry: StoredTensor, start: int, stop: int
-    ) -> npt.NDArray[np.generic]:
-        if weight.format is None:
+    def _parts(self, source: str, weight: Weight, start: int, stop: int) -> dict[Part, npt.NDArray[np.generic]]:
+        """Rows of one source in every part that the weight is stored in; they are read and rounded once."""
+        form = weight.format
+        if form is None:
             values = self.checkpoint.read_rows(source, start, stop).float() + weight.offset
-            return as_stored(values, weight.dtype)
-        return self._blocks(source, weight.format, start, stop).part(entry.part, weight.format)
+            return {"values": as_stored(values, weight.dtype)}
+        blocks = self._blocks(source, form, start, stop)
+        return {part: blocks.part(part, form) for part in form.parts}
 
     def _blocks(self, source: str, form: BlockFormat, start: int, stop: int) -> Blocks:
         if source in self.calibrated:

@@ -32,6 +32,8 @@ _OPTIMIZATION = {
     "all": "ORT_ENABLE_ALL",
 }
 _ERRORS_ONLY = 3
+_SHOWN = 220
+_OLDEST = (1, 32)
 
 
 @cache
@@ -63,12 +65,14 @@ def _failures() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def translated(kind: type[Gemma3CompileError], what: str, hint: str | None = None) -> Iterator[None]:
-    """Raises ``kind`` in place of ONNX Runtime's errors, with the first line of what it said."""
+    """Raises ``kind`` in place of ONNX Runtime's errors, with the first line of what it said, cut short."""
     try:
         yield
     except _failures() as error:
         reason = str(error).strip().partition("\n")[0]
-        raise kind(f"{what}: {type(error).__name__}: {reason[:500]}", hint=hint) from error
+        if len(reason) > 2 * _SHOWN:  # a node's whole signature may stand between the place and the reason
+            reason = f"{reason[:_SHOWN]} … {reason[-_SHOWN:]}"
+        raise kind(f"{what}: {type(error).__name__}: {reason}", hint=hint) from error
 
 
 def choose_provider(asked: Provider, manifest: Manifest) -> OrtProvider:
@@ -136,6 +140,8 @@ def open_graph(path: Path, options: Any, provider: OrtProvider) -> Any:
             ort.preload_dlls()
         providers.insert(0, _CUDA)
     hint = "`gemma3c verify` finds a damaged file, `gemma3c doctor` a package that is too old"
+    if _release(ort.__version__) < _OLDEST:
+        hint = f"bundles need ONNX Runtime {_OLDEST[0]}.{_OLDEST[1]} or newer, for the window caches of GroupQueryAttention"
     with translated(BundleError, f"{path.name} cannot be loaded by ONNX Runtime {ort.__version__}", hint):
         graph = ort.InferenceSession(str(path), options, providers=providers)
     if provider == "cuda" and _CUDA not in graph.get_providers():
@@ -144,3 +150,8 @@ def open_graph(path: Path, options: Any, provider: OrtProvider) -> Any:
             hint="check that `nvidia-smi` lists a GPU, and that the driver suits the CUDA of onnxruntime-gpu",
         )
     return graph
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(1, 32) of ``1.32.0`` or ``1.32.0.dev20260101``."""
+    return tuple(int(part) for part in version.split(".")[:2])

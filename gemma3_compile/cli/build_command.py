@@ -18,6 +18,7 @@ from runtimes.errors import UsageError
 from runtimes.units import in_words
 
 if TYPE_CHECKING:
+    from graphs.onnx_lowering.context import Activations
     from gemma3_compile.formats import Dtype
     from gemma3_compile.pipeline import BuildPlan
 
@@ -50,6 +51,11 @@ DTYPE = NearChoice(
     show_default=True,
     help="Of weights. auto keeps a quantised checkpoint's grid.",
 )
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "int16"]),
+    help="What quantised layers round their inputs to: int8 is faster. [default: int8 for int4, else int16]",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The folder to make. [default: bundles/SIZE-TARGET-DTYPE]")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out, once the new one is whole.")
 @click.option("--context", type=click.IntRange(1), help="Tokens that --dry-run counts the caches for.")
@@ -69,6 +75,7 @@ def command(
     checkpoint: str | None,
     random_weights: int | None,
     dtype: Dtype,
+    activations: Activations | None,
     out: Path | None,
     overwrite: bool,
     context: int | None,
@@ -105,6 +112,7 @@ def command(
         checkpoint=checkpoint,
         random_seed=random_weights,
         dtype=dtype,
+        activations=activations,
         out=out,
         overwrite=overwrite,
         context=context,

@@ -19,7 +19,6 @@ EXTRA_OF_PACKAGE: Mapping[str, str] = MappingProxyType(
         "onnx": "build",
         "onnx_ir": "build",
         "onnxruntime": "ort",
-        "onnxscript": "build",
         "optuna": "tune",
         "safetensors": "build",
         "tensorrt": "trt",

@@ -10,7 +10,7 @@ a picture whose edges are those of its chunk, two pictures in one chunk, a pictu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ IdsOf = Callable[[int], Ids]
 
 STEPS = 8
 """Tokens decoded one at a time."""
-_ROWS_BYTES = 300 << 20
-_LONGEST_CHUNK = 128
+_ROWS_BYTES = 80 << 20
+_LONGEST_CHUNK = 64
 _WITHOUT_WINDOW = 64
 
 TEXT = """\
@@ -81,6 +81,11 @@ class Passage:
         yield from self.bounds
         for position in range(self.bounds[-1][1], len(self)):
             yield position, position + 1
+
+    def with_steps(self, count: int) -> Passage:
+        """The same tokens, the last ``count`` of them one at a time."""
+        cut = len(self) - count
+        return replace(self, bounds=tuple((begin, min(end, cut)) for begin, end in self.bounds if begin < cut))
 
     def has_image(self, begin: int, end: int) -> bool:
         """Whether the piece holds tokens of a picture."""
@@ -161,7 +166,7 @@ def image_cases(facts: ModelFacts, ids: IdsOf) -> tuple[Case, ...]:
     assert facts.image is not None
     count, window = facts.image.tokens_per_image, window_of(facts)
     alone = _with_pictures(facts, ids(5 + count + 6 + 2), (5,))
-    edges = _cut(0, 5, (5,)) + ((5, 5 + count), (5 + count, 5 + count + 6))
+    edges = ((0, 5), (5, 5 + count), (5 + count, 5 + count + 6))
     second = max(window - count // 2, count + 5)
     first, end = second - 3 - count, second + count + 4
     pair = _with_pictures(facts, ids(end + 8 + 2), (first, second))
@@ -206,6 +211,7 @@ def _text(token_ids: Ids, bounds: tuple[tuple[int, int], ...]) -> Passage:
 def _with_pictures(facts: ModelFacts, token_ids: Ids, places: tuple[int, ...]) -> dict[str, Ids]:
     """``token_ids`` with the tokens of picture i from ``places[i]`` on, and its start and end around them."""
     tokens, count = facts.tokens, facts.image.tokens_per_image if facts.image else 0
+    assert tokens.start_of_image is not None and tokens.image is not None and tokens.end_of_image is not None
     image_ids = np.full(len(token_ids), -1, dtype=np.int64)
     for picture, place in enumerate(places):
         token_ids[place - 1] = tokens.start_of_image
@@ -217,7 +223,7 @@ def _with_pictures(facts: ModelFacts, token_ids: Ids, places: tuple[int, ...]) -
 
 def _cut(begin: int, end: int, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Chunks from ``begin`` to ``end`` whose sizes go round ``sizes``."""
-    bounds = []
+    bounds: list[tuple[int, int]] = []
     while begin < end:
         size = min(sizes[len(bounds) % len(sizes)], end - begin)
         bounds.append((begin, begin + size))

@@ -68,7 +68,9 @@ def _finding(key: tuple[str, str], group: Sequence[Place], places: Sequence[Plac
         evidence.append(seen.where)
     if first.explanation is not None:
         fit = first.explanation
-        evidence.append(f"with this fault the eager model says the same: the error falls from {fit.before:.2g} to {fit.after:.1g}")
+        evidence.append(
+            f"with this fault the eager model says the same: the error falls from {fit.before:.2g} to {fit.after:.1g}"
+        )
     for stage in dict.fromkeys(place.stage for place in group):
         same = [place for place in group if place.stage == stage]
         if len(same) > 1:

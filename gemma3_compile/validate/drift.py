@@ -85,7 +85,9 @@ def look(found: Drift, *, kind: str, first_of_kind: bool, window: int) -> Look:
     bad = found.errors > _SHARE * found.worst
     where = _where(found, bad)
     if found.is_image.any() and not bad[~found.is_image].any():
-        return Look(where=where, cause="image mask", suggestion="only tokens of pictures drift: their mask or their place")
+        return Look(
+            where=where, cause="image mask", suggestion="only tokens of pictures drift: their mask or their place"
+        )
     if bad.any() and not bad[found.first_chunk].any():
         return Look(where=where, cause="cache", suggestion="no first chunk drifts: what a chunk reads from the caches")
     if kind == "local" and not bad[found.positions < window].any():

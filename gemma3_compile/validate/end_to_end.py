@@ -51,9 +51,7 @@ def run_case(session: Session, case: Case, features_MH: NDArray[np.float32] | No
             logits = session.extend(caches, index, passage.chunk(begin, end, features_MH), "all" if every else "last")
             assert logits is not None
             positions = np.arange(begin if every else end - 1, end)
-            yield LogitRows(
-                stage=stage_of(passage, begin, end), passage=index, positions=positions, logits_RV=logits
-            )
+            yield LogitRows(stage=stage_of(passage, begin, end), passage=index, positions=positions, logits_RV=logits)
     for step in range(case.passages[0].steps):
         at = [passage.bounds[-1][1] + step for passage in case.passages]
         token_ids = np.array([passage.token_ids[position] for passage, position in zip(case.passages, at, strict=True)])

@@ -75,7 +75,7 @@ def _interleaved(site: Site) -> LayerCall:
     order = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2)])
 
     def permute(w: Tensor) -> Tensor:
-        return w.unflatten(0, (-1, dim))[:, order].flatten(0, 1)
+        return w.reshape(-1, dim, *w.shape[1:])[:, order].reshape(w.shape)
 
     rows = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight")
     return site.call.with_weight(permute, *rows)
@@ -128,8 +128,8 @@ def _heads_interleaved(site: Site) -> LayerCall | None:
     if groups in (1, heads):
         return None
     order = torch.arange(heads).view(heads // groups, groups).T.flatten()
-    call = site.call.with_weight(lambda w: w.unflatten(0, (heads, dim))[order].flatten(0, 1), "self_attn.q_proj.weight")
-    return call.with_weight(lambda w: w.unflatten(1, (heads, dim))[:, order].flatten(1), "self_attn.o_proj.weight")
+    call = site.call.with_weight(lambda w: w.view(heads, dim, -1)[order].reshape(w.shape), "self_attn.q_proj.weight")
+    return call.with_weight(lambda w: w.view(-1, heads, dim)[:, order].reshape(w.shape), "self_attn.o_proj.weight")
 
 
 def _norm_without_one(*names: str) -> Callable[[Site], LayerCall]:
@@ -159,7 +159,7 @@ class _OtherMLP(nn.Module):
 
 def _activation(activation: Callable[[Tensor], Tensor]) -> Callable[[Site], LayerCall]:
     def edit(layer: Layer) -> None:
-        layer.mlp = _OtherMLP(layer.mlp, activation)
+        layer.add_module("mlp", _OtherMLP(layer.mlp, activation))
 
     return lambda site: replace(site.call, edit=edit)
 
@@ -243,7 +243,9 @@ LAYER: tuple[Hypothesis, ...] = (
         vary=_embedding(_features_first_again),
     ),
     Hypothesis(
-        cause="image features", sentence="rows of image features stand in reverse order", vary=_embedding(_features_reversed)
+        cause="image features",
+        sentence="rows of image features stand in reverse order",
+        vary=_embedding(_features_reversed),
     ),
     Hypothesis(
         cause="rope scale",
@@ -256,7 +258,9 @@ LAYER: tuple[Hypothesis, ...] = (
         vary=_rope_inverted,
     ),
     Hypothesis(
-        cause="rope base", sentence="the rope base is that of the other kind of layer", vary=_rope(base=True, factor=False)
+        cause="rope base",
+        sentence="the rope base is that of the other kind of layer",
+        vary=_rope(base=True, factor=False),
     ),
     Hypothesis(
         cause="rope base",
@@ -274,9 +278,7 @@ LAYER: tuple[Hypothesis, ...] = (
         sentence="positions begin at 0 again in every chunk",
         vary=lambda site: replace(site.call, positions_restart=True),
     ),
-    Hypothesis(
-        cause="window", sentence="the window is one token too short", vary=_window(lambda window: window - 1)
-    ),
+    Hypothesis(cause="window", sentence="the window is one token too short", vary=_window(lambda window: window - 1)),
     Hypothesis(cause="window", sentence="the window is one token too long", vary=_window(lambda window: window + 1)),
     Hypothesis(cause="window", sentence="the window is half as long", vary=_window(lambda window: window // 2)),
     Hypothesis(cause="window", sentence="the window is twice as long", vary=_window(lambda window: window * 2)),
@@ -316,12 +318,16 @@ LAYER: tuple[Hypothesis, ...] = (
         vary=_scaled(lambda config: config.hidden_size / config.num_heads),
     ),
     Hypothesis(
-        cause="attention scale", sentence="products of queries and keys are not scaled", vary=_scaled(lambda config: 1.0)
+        cause="attention scale",
+        sentence="products of queries and keys are not scaled",
+        vary=_scaled(lambda config: 1.0),
     ),
     Hypothesis(
         cause="heads", sentence="query heads read key-value heads in turn instead of in groups", vary=_heads_interleaved
     ),
-    Hypothesis(cause="norm (1 + w)", sentence="every norm multiplies by w instead of 1 + w", vary=_norm_without_one(*NORMS)),
+    Hypothesis(
+        cause="norm (1 + w)", sentence="every norm multiplies by w instead of 1 + w", vary=_norm_without_one(*NORMS)
+    ),
     *(
         Hypothesis(
             cause="norm (1 + w)", sentence=f"{name} multiplies by w instead of 1 + w", vary=_norm_without_one(name)

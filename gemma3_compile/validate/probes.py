@@ -139,7 +139,7 @@ class ProbedBundle:
 def _probed_copy(bundle: Bundle, name: str, probes: tuple[str, ...]) -> bytes:
     """The graph ``name`` with ``probes`` as outputs and MatMulNBits' activations in fp32."""
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load_model_from_string(bundle.path(name).read_bytes())

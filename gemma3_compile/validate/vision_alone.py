@@ -68,7 +68,7 @@ def _patches(change: Callable[[PatchCall], PatchCall]) -> Callable[[VisionSite],
 def _positions_transposed(call: PatchCall) -> PatchCall:
     assert call.position_PH is not None
     side = round(call.position_PH.shape[0] ** 0.5)
-    return replace(call, position_PH=call.position_PH.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1))
+    return replace(call, position_PH=call.position_PH.view(side, side, -1).transpose(0, 1).flatten(0, 1))
 
 
 class _OtherMLP(nn.Module):
@@ -85,7 +85,7 @@ class _OtherMLP(nn.Module):
 
 def _exact_gelu(site: VisionSite) -> VisionLayerCall:
     def edit(layer: VisionLayer) -> None:
-        layer.mlp = _OtherMLP(layer.mlp)
+        layer.add_module("mlp", _OtherMLP(layer.mlp))
 
     return replace(site.call, edit=edit)
 
@@ -123,9 +123,7 @@ LAYER: tuple[VisionHypothesis, ...] = (
         vary=_patches(lambda call: replace(call, pixels_N3YX=call.pixels_N3YX.flip(1))),
     ),
     VisionHypothesis(cause="activation", sentence="GELU is the exact form instead of tanh", vary=_exact_gelu),
-    VisionHypothesis(
-        cause="attention scale", sentence="products of queries and keys are not scaled", vary=_unscaled
-    ),
+    VisionHypothesis(cause="attention scale", sentence="products of queries and keys are not scaled", vary=_unscaled),
     VisionHypothesis(
         cause="norm epsilon",
         sentence="the norms' epsilon is ten times larger",
@@ -205,7 +203,7 @@ def _check_layer(index: int, site: VisionSite, actual_NPH: Tensor) -> Place:
 
 def _by_picture(call: VisionLayerCall) -> Tensor:
     """A picture at a time: attention over 4096 patches takes much memory."""
-    return torch.cat([replace(call, x_NPH=x_1PH).run() for x_1PH in call.x_NPH.split(1)])
+    return torch.cat([replace(call, x_NPH=x_PH[None]).run() for x_PH in call.x_NPH])
 
 
 def _check_pool(call: PoolCall, actual_NTX: Tensor) -> Place:
@@ -227,4 +225,3 @@ def _check_pool(call: PoolCall, actual_NTX: Tensor) -> Place:
 def _pool_trials(call: PoolCall, error_of: Callable[[PoolCall], float]) -> Iterator[Trial]:
     for hypothesis in POOL:
         yield Trial(hypothesis.cause, hypothesis.sentence, error_of(hypothesis.vary(call)), hypothesis)
-

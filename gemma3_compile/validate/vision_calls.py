@@ -82,7 +82,7 @@ class PoolCall:
             x_NPH = F.layer_norm(x_NPH, (x_NPH.shape[-1],), *self.norm, eps)
         if self.transposed:
             side = self.config.patches_per_side
-            x_NPH = x_NPH.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
+            x_NPH = x_NPH.view(len(x_NPH), side, side, -1).transpose(1, 2).flatten(1, 2)
         pooled_NTH: Tensor = ops.siglip_pool(x_NPH, self.scale_H, self.config.pool, eps)
         return pooled_NTH @ self.projection_HX
 
@@ -103,9 +103,7 @@ def vision_layer_call(weights: Weights, index: int, x_NPH: Tensor) -> VisionLaye
     assert config is not None
     with torch.device("meta"):
         names = VisionLayer(config).state_dict().keys()
-    return VisionLayerCall(
-        config=config, weights=weights.read_all(names, f"vision.layers.{index}."), x_NPH=x_NPH
-    )
+    return VisionLayerCall(config=config, weights=weights.read_all(names, f"vision.layers.{index}."), x_NPH=x_NPH)
 
 
 def pool_call(weights: Weights, x_NPH: Tensor) -> PoolCall:
@@ -128,5 +126,5 @@ def features_of(weights: Weights, pixels_N3YX: Tensor) -> Tensor:
     x_NPH = patch_call(weights, pixels_N3YX).run()
     for index in range(config.num_layers):
         call = vision_layer_call(weights, index, x_NPH)
-        x_NPH = torch.cat([replace(call, x_NPH=x_1PH).run() for x_1PH in x_NPH.split(1)])
+        x_NPH = torch.cat([replace(call, x_NPH=x_PH[None]).run() for x_PH in x_NPH])
     return pool_call(weights, x_NPH).run()

@@ -8,6 +8,7 @@ A writer's fault that graph and eager model would share (both take the bundle's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -70,12 +71,10 @@ def _compare(name: str, stored: Tensor, original: Tensor, group: str) -> _Compar
         relative = absolute / max(float(original.abs().max()), 1.0 if original.dim() == 1 else 1e-30)
     else:
         relative = float(difference.square().mean().sqrt() / original.square().mean().sqrt().clamp(min=1e-30))
-    if not relative == relative:  # NaN on either side
+    if math.isnan(relative):  # NaN on either side
         relative = absolute = float("inf")
     is_off = bool(_LIMITS[group].beyond(relative, None))
-    return _Compared(
-        name=name, relative=relative, absolute=absolute, look=_look(stored, original) if is_off else None
-    )
+    return _Compared(name=name, relative=relative, absolute=absolute, look=_look(stored, original) if is_off else None)
 
 
 def _look(stored: Tensor, original: Tensor) -> str:

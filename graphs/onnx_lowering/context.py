@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,7 +75,8 @@ class Context:
 
     def dimension(self, node: fx.Node, axis: int) -> ir.Value:
         """The size of a dimension as an int64 tensor of one element; read once for each symbol."""
-        size = tensor_value(node).shape[axis]
+        sizes: Sequence[object] = tensor_value(node).shape  # torch's stubs know of no symbols
+        size = sizes[axis]
         if isinstance(size, int):
             return self.size(size)
         symbol = (node.graph, str(size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,26 @@ def test_a_damaged_graph_is_a_bundle_error(tmp_path: Path) -> None:
         OrtSession(write_bundle(tmp_path / "bundle", broken=True))
 
 
+def test_a_graph_that_an_old_onnxruntime_refuses_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_bundle(tmp_path / "bundle", broken=True)
+    for version, says in (("1.31.1", True), ("1.32.0", False), ("2.0.0.dev1", False)):
+        monkeypatch.setattr(ort_options.onnxruntime(), "__version__", version)
+        with pytest.raises(BundleError, match=version) as caught:
+            OrtSession(bundle)
+        assert ("need ONNX Runtime 1.32 or newer" in str(caught.value.hint)) is says
+
+
+def test_long_reasons_are_cut_in_the_middle() -> None:
+    ort_options.onnxruntime()
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+    with pytest.raises(HostError) as caught, ort_options.translated(HostError, "it failed"):
+        raise Fail("place " + "x" * 2000 + " reason\nmore")
+    assert caught.value.message.startswith("it failed: Fail: place x")
+    assert caught.value.message.endswith("x reason")
+    assert len(caught.value.message) < 500
+
+
 def test_settings_reach_the_session(bundle: Bundle, tmp_path: Path) -> None:
     options = ort_options.session_options(
         {"graph_optimization": "basic", "config.session.disable_prepacking": "1", "block_size": 32}, threads=3
@@ -291,6 +312,13 @@ def test_zeros_are_aligned() -> None:
 def test_caches_say_what_they_allocate_for_every_size(session: OrtSession) -> None:
     caches = OrtCaches(session.manifest, batch=3, context=20, provider="cpu")
     assert caches.bytes_allocated == sum(b.host.nbytes for b in caches.buffers.values() if b.host is not None)
+
+
+def test_local_layers_get_the_slack_that_the_bundle_asks_for(session: OrtSession) -> None:
+    slack = replace(session.manifest, settings={"window_slack": 3})
+    caches = OrtCaches(slack, batch=2, context=20, provider="cpu")
+    assert [buffer.shape[2] for buffer in caches.buffers.values()] == [W + 3, W + 3, 20, 20]
+    assert caches.bytes_allocated == 2 * 2 * 4 * D * (W + 3 + 20)
 
 
 def test_cores_are_counted_once_and_within_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,20 @@ def test_a_chat_past_its_windows_equals_one_fed_anew(engine: Engine) -> None:
     assert engine.generate(asked, max_tokens=9).token_ids == answer.token_ids
 
 
+def test_a_chat_fed_anew_into_used_caches_is_as_good_as_new(engine: Engine) -> None:
+    chat = engine.conversation()
+    whole = chat.send("What is a window?", max_tokens=12).text
+    chat.reset()
+    stop = whole[2:5]
+    cut = chat.send("What is a window?", max_tokens=12, stop=[stop])
+    assert (cut.finish_reason, cut.text) == ("stop", whole[: whole.find(stop)])
+    answer = chat.send("And then?", max_tokens=9)
+    assert answer.stats.cached_tokens == 0, "the stop string left tokens in windows that had overflowed"
+    assert chat._history is not None
+    asked = text_tokens(chat._history.token_ids[: answer.stats.prompt_tokens].tolist())
+    assert engine.generate(asked, max_tokens=9).token_ids == answer.token_ids
+
+
 def test_a_batch_writes_what_each_prompt_gets_alone(engine: Engine) -> None:
     prompts = ["One.", "A prompt that is rather longer than the first one was.", "Why?"]
     together = engine.generate_batch(prompts, max_tokens=12)

@@ -130,7 +130,7 @@ def found(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], providers: 
     monkeypatch.setattr(doctor, "nvidia_gpus", lambda: ())
 
 
-BUILD = dict.fromkeys(("onnx", "onnx-ir", "onnxscript", "safetensors", "gguf", "huggingface-hub"), "9.0")
+BUILD = dict.fromkeys(("onnx", "onnx-ir", "safetensors", "gguf", "huggingface-hub"), "9.0")
 CPU = ["CPUExecutionProvider"]
 
 
