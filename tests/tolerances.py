@@ -62,24 +62,24 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
             relative=5e-6, reason="stacked linears are one product of another shape, which may sum in another order"
         ),
         "ort.logits": Tolerance(
-            relative=1e-5,
+            relative=2e-5,
             reason="fp32 on both sides; ONNX Runtime's attention and norms sum in their own order, through every layer",
         ),
         "ort.features": Tolerance(
             relative=1e-5, reason="fp32 on both sides through the tower; convolution and norms sum in their own order"
         ),
         "ort.quantised_product": Tolerance(
-            relative=2e-6, reason="the reference rounds activations as MatMulNBits does; what differs is fp32 sums"
+            relative=1e-5, reason="the reference rounds activations as MatMulNBits does; what differs is fp32 sums"
         ),
         "ort.int8_activations": Tolerance(
             relative=4e-2,
             reason="activations rounded to int8 in blocks: each is off by up to 1/254 of its block's peak, an outlier here",
         ),
         "ort.int16_activations": Tolerance(
-            relative=2e-4, reason="a second pass multiplies what the first rounding left over, rounded to int8 in turn"
+            relative=3e-4, reason="a second pass multiplies what the first rounding left over, rounded to int8 in turn"
         ),
         "ort.quantised_logits": Tolerance(
-            relative=1e-3, reason="int16 activations err by up to 2e-4 in each of the linears of every layer"
+            relative=2e-3, reason="int16 activations err by up to 1e-4 in each of the linears of every layer"
         ),
         "quantised.kept": Tolerance(relative=0.0, reason="codes move by a whole number, scales are copied"),
         "quantised.kept_minimum": Tolerance(

@@ -144,18 +144,22 @@ def all_rows(facts: ModelFacts, length: int) -> bool:
     return length * facts.vocab_size * 4 <= _ROWS_BYTES
 
 
-def text_cases(facts: ModelFacts, ids: IdsOf, tokens: int | None) -> tuple[Case, ...]:
-    """Prefill in chunks, and decode of a batch past the wrap of the window. ``tokens`` limits the prefill."""
+def text_cases(facts: ModelFacts, ids: IdsOf, tokens: int | None, slack: int = 0) -> tuple[Case, ...]:
+    """Prefill in chunks, and decode of a batch: one sequence passes the window, one wraps its cache, one is short.
+
+    ``tokens`` limits the prefill; ``slack`` is how many slots a local layer's cache has beyond its window.
+    """
     window = window_of(facts)
     room = facts.max_context - STEPS
     length = min(tokens or window + min(2 * window, 160), room)
     sizes = (min(window + 1, _LONGEST_CHUNK), 7, min(window, _LONGEST_CHUNK))
     chunks = Case(name="text in chunks", passages=(_text(ids(length), _cut(0, length, sizes)),))
-    longest = min(max(window - 3, 1), length)
+    pasts = (window - 3, window + slack - 3, 5)
     decode = Case(
-        name="decode, a batch of two",
+        name="decode, a batch of three",
         passages=tuple(
-            _text(ids(past + STEPS), _cut(0, past, (chunking.DEFAULT_CHUNK,))) for past in (longest, min(5, longest))
+            _text(ids(past + STEPS), _cut(0, past, (chunking.DEFAULT_CHUNK,)))
+            for past in (min(max(past, 1), length) for past in pasts)
         ),
     )
     return chunks, decode
@@ -180,10 +184,11 @@ def image_cases(facts: ModelFacts, ids: IdsOf) -> tuple[Case, ...]:
 def prompt_case(prompt: Prompt, tokens: int | None, first_picture: int) -> Case:
     """A user's prompt, in chunks that cut no picture; its pictures are numbered from ``first_picture`` on."""
     kept = len(prompt) if tokens is None else min(tokens, len(prompt))
-    while 0 < kept < len(prompt) and prompt.image_ids[kept] >= 0:
+    ids = prompt.image_ids
+    while 0 < kept < len(prompt) and ids[kept] >= 0 and ids[kept] == ids[kept - 1]:
         kept -= 1  # never into a picture
     kept = kept or len(prompt)
-    image_ids = prompt.image_ids[:kept]
+    image_ids = ids[:kept]
     bounds = chunking.split(image_ids, _LONGEST_CHUNK)
     shifted = np.where(image_ids >= 0, image_ids + first_picture, -1)
     passage = Passage(token_ids=prompt.token_ids[:kept], image_ids=shifted, bounds=tuple(bounds))

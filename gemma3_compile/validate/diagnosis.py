@@ -62,7 +62,7 @@ def _look(place: Place, places: Sequence[Place], window: int) -> Look | None:
 
 def _finding(key: tuple[str, str], group: Sequence[Place], places: Sequence[Place], window: int) -> Finding:
     first = group[0]
-    evidence = [f"alone, it errs by {first.error:.2g} of what it adds, where {GRAPH.relative:g} is allowed"]
+    evidence = [f"alone, its error is {first.error:.2g}, where {GRAPH.relative:g} is allowed"]
     seen = _look(first, places, window)
     if seen is not None:
         evidence.append(seen.where)
@@ -73,11 +73,11 @@ def _finding(key: tuple[str, str], group: Sequence[Place], places: Sequence[Plac
         )
     for stage in dict.fromkeys(place.stage for place in group):
         same = [place for place in group if place.stage == stage]
-        if len(same) > 1:
-            evidence.append(f"the same in {stage}: {_names(same)}")
-    sound = [p for p in places if p.stage == first.stage and p.index is not None and p.kind != first.kind and p.sound]
-    if first.index is not None and sound:
-        evidence.append(f"sound: {len(sound)} {sound[0].kind} layers")
+        if len(group) > 1:
+            evidence.append(f"in {stage}: {_names(same)}")
+    sound = [p for p in places if p.stage == first.stage and p.index is not None and p.sound]
+    if sound:
+        evidence.append(f"sound in {first.stage}: {_names(sound)}")
     return Finding(
         stage=", ".join(dict.fromkeys(place.stage for place in group)),
         place=_name(first),
@@ -92,7 +92,24 @@ def _name(place: Place) -> str:
 
 
 def _names(places: Iterable[Place]) -> str:
-    return ", ".join(_name(place) for place in places)
+    """``local layers 0-4, global layer 5, head``."""
+    kinds: dict[str, list[int]] = {}
+    for place in places:
+        kinds.setdefault(place.kind, []).extend([] if place.index is None else [place.index])
+    return ", ".join(_layers(kind, numbers) for kind, numbers in kinds.items())
+
+
+def _layers(kind: str, numbers: list[int]) -> str:
+    if not numbers:
+        return kind
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{kind} layer{'s' if len(numbers) > 1 else ''} {named}"
 
 
 def beyond_the_layers(rows: Sequence[Row], own: str, activations: str | None) -> list[Finding]:

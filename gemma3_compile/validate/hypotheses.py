@@ -82,9 +82,12 @@ def _interleaved(site: Site) -> LayerCall:
 
 
 def _window(change: Callable[[int], int]) -> Callable[[Site], LayerCall | None]:
+    """Another window; None where the passage cannot tell it from none at all."""
+
     def vary(site: Site) -> LayerCall | None:
         window = change(site.call.config.sliding_window)
-        if site.call.kind == "global" or window < 1:
+        end = max(piece.start + len(piece) for piece in site.call.pieces)
+        if site.call.kind == "global" or not 1 <= window < end:
             return None
         return replace(site.call, config=replace(site.call.config, sliding_window=window))
 
@@ -170,11 +173,6 @@ def _gate_and_up_swapped(site: Site) -> LayerCall:
     return replace(site.call, weights={**weights, gate: weights[up], up: weights[gate]})
 
 
-def _epsilon(site: Site) -> LayerCall:
-    config = site.call.config
-    return replace(site.call, config=replace(config, rms_norm_eps=config.rms_norm_eps * 10))
-
-
 def _embedding(change: Callable[[EmbeddingCall], EmbeddingCall | None]) -> Callable[[Site], LayerCall | None]:
     def vary(site: Site) -> LayerCall | None:
         changed = None if site.embedding is None else change(site.embedding)
@@ -188,6 +186,16 @@ def _embedding(change: Callable[[EmbeddingCall], EmbeddingCall | None]) -> Calla
 
 def _share(x_SH: Tensor, piece: Piece) -> Tensor:
     return x_SH[piece.start : piece.start + len(piece)]
+
+
+def _scale(change: Callable[[float], float]) -> Callable[[Site], LayerCall | None]:
+    """Token embeddings times another number; None where it is the same."""
+
+    def vary(call: EmbeddingCall) -> EmbeddingCall | None:
+        scale = change(call.scale)
+        return None if scale == call.scale else replace(call, scale=scale)
+
+    return _embedding(vary)
 
 
 def _features_scaled(call: EmbeddingCall) -> EmbeddingCall | None:
@@ -215,17 +223,17 @@ LAYER: tuple[Hypothesis, ...] = (
     Hypothesis(
         cause="embed scale",
         sentence="token embeddings are not multiplied by the root of the hidden size",
-        vary=_embedding(lambda call: replace(call, scale=1.0)),
+        vary=_scale(lambda scale: 1.0),
     ),
     Hypothesis(
         cause="embed scale",
         sentence="the embedding scale is rounded to bfloat16, as the bfloat16 model has it",
-        vary=_embedding(lambda call: replace(call, scale=float(torch.tensor(call.scale).bfloat16()))),
+        vary=_scale(lambda scale: float(torch.tensor(scale).bfloat16())),
     ),
     Hypothesis(
         cause="embed scale",
         sentence="token embeddings are scaled twice",
-        vary=_embedding(lambda call: replace(call, scale=call.scale**2)),
+        vary=_scale(lambda scale: scale * scale),
     ),
     Hypothesis(
         cause="image features",
@@ -345,7 +353,6 @@ LAYER: tuple[Hypothesis, ...] = (
         vary=_norm_left_out("self_attn.q_norm", "self_attn.k_norm"),
     ),
     *(Hypothesis(cause="norm left out", sentence=f"{name} is left out", vary=_norm_left_out(name)) for name in NORMS),
-    Hypothesis(cause="norm epsilon", sentence="the norms' epsilon is ten times larger", vary=_epsilon),
     Hypothesis(cause="activation", sentence="GELU is the exact form instead of tanh", vary=_activation(F.gelu)),
     Hypothesis(cause="activation", sentence="the activation is SiLU instead of GELU", vary=_activation(F.silu)),
     Hypothesis(

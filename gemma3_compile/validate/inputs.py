@@ -68,7 +68,7 @@ def read_inputs(request: ValidateRequest, bundle: Bundle) -> Inputs:
         raise UsageError(f"a picture was given, but the bundle {bundle.root} is text-only", hint="leave --image out")
     tokenizer = None if tokens is None else Tokenizer.from_file(bundle.path(tokens.file), facts.tokens)
     ids = ids_of(facts, tokenizer)
-    cases = list(text_cases(facts, ids, request.tokens))
+    cases = list(text_cases(facts, ids, request.tokens, int(manifest.settings.get("window_slack", 0))))
     alone: dict[str, tuple[Passage, ...]] = {"decoder": (cases[0].passages[0].with_steps(ALONE_STEPS),)}
     pixels = None
     if has_vision:
@@ -90,7 +90,7 @@ def read_inputs(request: ValidateRequest, bundle: Bundle) -> Inputs:
         "pictures": 0 if pixels is None else len(pixels),
     }
     if request.prompt is not None:
-        said["prompt"] = request.prompt
+        said["prompt_tokens"] = len(cases[-1].passages[0])  # the text itself may be private
     return Inputs(pixels=pixels, cases=tuple(cases), alone=alone, said=said, notes=tuple(notes))
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gemma3_compile.validate.cases import Passage
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, HostError
+from runtimes.ort_caches import OrtCaches
 from runtimes.ort_options import choose_provider, onnxruntime, session_options, translated
 from runtimes.session import Chunk, Provider
 
@@ -70,7 +71,7 @@ class ProbedBundle:
 
         ``decoder_image`` gets its text too, with -1 for every token, so that no other stage's work mixes in.
         """
-        caches = self._empty_caches(len(passage))
+        caches = OrtCaches(self._bundle.manifest, batch=1, context=len(passage), provider=self._provider)
         names = self.probes(stage)
         for begin, end in passage.pieces():
             size = end - begin
@@ -80,27 +81,24 @@ class ProbedBundle:
                 "start": np.array([begin]),
                 "length": np.array([size]),
                 "rows": rows[None],
-                **caches,
             }
             if stage == "decoder_image":
                 feeds |= self._image_feeds(passage.chunk(begin, end, features_MH))
-            wanted = ["logits", *names, *(f"{name}.out" for name in caches)]
-            logits, *rest = self._run(stage, wanted, feeds)
-            caches = dict(zip(caches, rest[len(names) :], strict=True))
+            logits_1RV, *after = self._run_decoder(stage, ["logits", *names], feeds, caches)
             yield ProbedPiece(
                 bounds=(begin, end),
-                after=tuple(after_1SH[0] for after_1SH in rest[: len(names)]),
+                after=tuple(after_1SH[0] for after_1SH in after),
                 rows=rows,
-                logits_RV=logits[0],
+                logits_RV=logits_1RV[0],
             )
 
     def run_vision(self, pixels_N3YX: Array) -> tuple[list[Array], Array]:
         """The residual stream [N, P, H] after each layer, and the features [N, T, X]; a picture at a time."""
-        names = self.probes("vision")
-        found = [
-            self._run("vision", [*names, "features"], {"pixels": pixels_1})
-            for pixels_1 in np.split(pixels_N3YX, len(pixels_N3YX))
-        ]
+        outputs = [*self.probes("vision"), "features"]
+        graph, found = self._graph("vision"), []
+        for pixels_1 in np.split(pixels_N3YX, len(pixels_N3YX)):
+            with translated(HostError, "the stage 'vision' failed in ONNX Runtime when it was probed"):
+                found.append(graph.run(outputs, {"pixels": pixels_1}))
         *after, features_NTX = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return after, features_NTX
 
@@ -112,20 +110,26 @@ class ProbedBundle:
         unused = np.zeros((1, self._bundle.manifest.model.hidden_size), dtype=np.float32)
         return {"features": unused, "feature_rows": text, "image_ids": text}
 
-    def _empty_caches(self, context: int) -> dict[str, Array]:
-        caches = {}
-        for index, layer in enumerate(self._bundle.manifest.model.layers):
-            slots = context if layer.window is None else layer.window
-            for part in ("k", "v"):
-                caches[f"cache.{index}.{part}"] = np.zeros((1, layer.kv_heads, slots, layer.head_dim), np.float32)
-        return caches
+    def _run_decoder(self, stage: str, outputs: list[str], feeds: dict[str, Any], caches: OrtCaches) -> list[Array]:
+        """Runs a piece over ``caches``, which are bound as a session binds them: in place where the graph is."""
+        binding = self._graph(stage).io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        in_place = stage == "decoder" or bool(self._bundle.manifest.settings.get("image_in_place", False))
+        caches.bind(binding, sequence=0, in_place=in_place)
+        aside = None if in_place else caches.bind_aside(binding)
+        with translated(HostError, f"the stage {stage!r} failed in ONNX Runtime when it was probed"):
+            self._graph(stage).run_with_iobinding(binding)
+        if aside is not None:
+            caches.take(aside, 0)
+        return [value.numpy() for value in binding.get_outputs()[: len(outputs)]]
 
-    def _run(self, stage: str, outputs: list[str], feeds: dict[str, Any]) -> list[Array]:
+    def _graph(self, stage: str) -> Any:
         if stage not in self._graphs:
             self._graphs[stage] = self._open(stage)
-        with translated(HostError, f"the stage {stage!r} failed in ONNX Runtime when it was probed"):
-            found: list[Array] = self._graphs[stage].run(outputs, feeds)
-        return found
+        return self._graphs[stage]
 
     def _open(self, stage: str) -> Any:
         name = self._bundle.manifest.stages[stage].graph

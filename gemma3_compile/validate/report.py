@@ -114,6 +114,8 @@ class Report:
         yield ""
         for finding in self.findings:
             yield from finding.lines()
+        for note in self.notes:
+            yield f"note: {note}"
         yield self.conclusion()
 
     def conclusion(self) -> str:

@@ -124,13 +124,6 @@ LAYER: tuple[VisionHypothesis, ...] = (
     ),
     VisionHypothesis(cause="activation", sentence="GELU is the exact form instead of tanh", vary=_exact_gelu),
     VisionHypothesis(cause="attention scale", sentence="products of queries and keys are not scaled", vary=_unscaled),
-    VisionHypothesis(
-        cause="norm epsilon",
-        sentence="the norms' epsilon is ten times larger",
-        vary=lambda site: replace(
-            site.call, config=replace(site.call.config, layer_norm_eps=site.call.config.layer_norm_eps * 10)
-        ),
-    ),
 )
 
 POOL: tuple[PoolHypothesis, ...] = (
@@ -148,11 +141,6 @@ POOL: tuple[PoolHypothesis, ...] = (
         cause="pooling",
         sentence="patches are pooled column by column instead of row by row",
         vary=lambda call: replace(call, transposed=True),
-    ),
-    PoolHypothesis(
-        cause="norm epsilon",
-        sentence="the norms' epsilon is ten times larger",
-        vary=lambda call: replace(call, config=replace(call.config, layer_norm_eps=call.config.layer_norm_eps * 10)),
     ),
 )
 

@@ -125,7 +125,9 @@ class BundleWeights(Weights):
         step = max(1, _ROWS_ELEMENTS // shape[1])
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            out[row : row + count] = self._dequantized(stored, stored.first_row + row, count)[:, : shape[1]]
+            first = stored.first_row + row
+            parts = {part: self._rows(f"{stored.base}.{part}", first, count) for part in stored.form.parts}
+            out[row : row + count] = dequantize(parts, stored.form)[:, : shape[1]]
         return out
 
     def _rows(self, entry: str, first: int, count: int) -> Tensor:
@@ -134,21 +136,21 @@ class BundleWeights(Weights):
             raise BundleError(f"{self._where}: `{entry}` has too few rows: {first + count} were expected")
         return rows
 
-    def _dequantized(self, stored: _Stored, first: int, count: int) -> Tensor:
-        """Rows of ``(code - zero) * scale``, or of ``(code - middle) * scale - minimum``; fp32 [rows, n b]."""
-        form = stored.form
-        assert form is not None
-        parts = {part: self._rows(f"{stored.base}.{part}", first, count) for part in form.parts}
-        codes_Nnb = _unpack(parts["codes"], form.bits).float()
-        scales_Nn1 = parts["scales"][:, :, None]
-        if form.zero_points == "integer":
-            zeros_Nn1: Tensor | float = _unpack(parts["zeros"], form.bits)[:, : codes_Nnb.shape[1], None].float()
-        else:
-            zeros_Nn1 = float(1 << (form.bits - 1))
-        weights_Nnb = codes_Nnb.sub_(zeros_Nn1).mul_(scales_Nn1)
-        if form.zero_points == "minimum":
-            weights_Nnb.sub_(parts["minimums"][:, :, None])
-        return weights_Nnb.flatten(1)
+
+def dequantize(parts: Mapping[Part, Tensor], form: BlockFormat) -> Tensor:
+    """The weights [N, n b] in fp32 of rows as they are stored, the last block's padding included.
+
+    ``(code - zero) * scale``, or ``(code - middle) * scale - minimum`` with ``middle`` = 2 ** (bits - 1).
+    """
+    codes_Nnb = _unpack(parts["codes"], form.bits).float()
+    if form.zero_points == "integer":
+        zeros_Nn1: Tensor | float = _unpack(parts["zeros"], form.bits)[:, : codes_Nnb.shape[1], None].float()
+    else:
+        zeros_Nn1 = float(1 << (form.bits - 1))
+    weights_Nnb = codes_Nnb.sub_(zeros_Nn1).mul_(parts["scales"][:, :, None])
+    if form.zero_points == "minimum":
+        weights_Nnb.sub_(parts["minimums"][:, :, None])
+    return weights_Nnb.flatten(1)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ class _Compared:
     name: str
     relative: float
     absolute: float
-    look: str | None
+    look: tuple[str, str] | None
 
 
 def check_weights(
@@ -77,23 +77,25 @@ def _compare(name: str, stored: Tensor, original: Tensor, group: str) -> _Compar
     return _Compared(name=name, relative=relative, absolute=absolute, look=_look(stored, original) if is_off else None)
 
 
-def _look(stored: Tensor, original: Tensor) -> str:
-    """What relates a tensor to the one that it should be."""
+def _look(stored: Tensor, original: Tensor) -> tuple[str, str]:
+    """The cause in short, and what relates a tensor to the one that it should be."""
     if not bool(stored.isfinite().all()):
-        return "holds NaN or infinite values"
+        return "overflow", "holds NaN or infinite values"
     if not bool(stored.any()):
-        return "is all zeros, as in a bundle that was laid out without weights"
+        return "weights", "is all zeros, as in a bundle that was laid out without weights"
     difference, size = stored - original, original.square().mean().sqrt()
-    shift = difference.mean()
+    shift = float(difference.mean())
     if float((difference - shift).square().mean().sqrt()) < 1e-3 * float(size):
-        return f"is the checkpoint's with {float(shift):.4g} added (a norm's 1 + w, once too often or too seldom?)"
+        if original.dim() == 1 and abs(abs(shift) - 1) < 1e-3:
+            return "norm (1 + w)", "holds w where 1 + w belongs" if shift < 0 else "has its 1 added twice"
+        return "weights", f"is the checkpoint's with {shift:.4g} added"
     ratio = (stored * original).sum() / original.square().sum()
     if float((stored - ratio * original).square().mean().sqrt()) < 0.1 * float(ratio.abs() * size):
-        return f"is the checkpoint's times {float(ratio):.4g}"
-    transposed = stored.dim() == 2 and stored.shape[0] == stored.shape[1]
-    if transposed and float((stored.T - original).square().mean().sqrt()) < 0.3 * float(size):
-        return "is the checkpoint's, transposed"
-    return "holds other values than the checkpoint: of another model, or damaged"
+        return "weights", f"is the checkpoint's times {float(ratio):.4g}"
+    square = stored.dim() == 2 and stored.shape[0] == stored.shape[1]
+    if square and float((stored.T - original).square().mean().sqrt()) < 0.3 * float(size):
+        return "weights", "is the checkpoint's, transposed"
+    return "weights", "holds other values than the checkpoint: of another model, or damaged"
 
 
 def _row(group: str, tensors: list[_Compared]) -> Row:
@@ -112,13 +114,13 @@ def _row(group: str, tensors: list[_Compared]) -> Row:
 
 
 def _finding(group: str, tensors: list[_Compared]) -> Finding | None:
-    off = sorted((tensor for tensor in tensors if tensor.look is not None), key=lambda t: -t.relative)
+    off = sorted(((tensor, tensor.look) for tensor in tensors if tensor.look is not None), key=lambda o: -o[0].relative)
     if not off:
         return None
     return Finding(
         stage=STAGE,
         place=f"{len(off)} of {len(tensors)} tensors ({group})",
-        cause="weights",
+        cause=off[0][1][0],
         sentence="what the bundle stores is not what the checkpoint holds",
-        evidence=tuple(f"`{t.name}`, error {t.relative:.2g}: {t.look}" for t in off[:_LISTED]),
+        evidence=tuple(f"`{t.name}`, error {t.relative:.2g}: {look[1]}" for t, look in off[:_LISTED]),
     )

@@ -2,7 +2,7 @@
 
 Legend: B batch, S tokens in the chunk, N query heads, G key-value heads, D head_dim, C context, W window.
 
-References: ONNX Runtime's contrib operators (GroupQueryAttention, MultiHeadAttention, MatMulNBits,
+References: ONNX Runtime's contrib operators (GroupQueryAttention, MatMulNBits,
 GatherBlockQuantized, FusedMatMul, SkipSimplifiedLayerNormalization); ONNX 1.20 RotaryEmbedding,
 RMSNormalization, TensorScatter.
 """

@@ -45,7 +45,7 @@ def run_passes(program: Program, *, without: Collection[str] = ()) -> dict[str, 
         except Exception as error:
             raise ExportError(
                 f"pass `{step.name}` failed on stage `{program.stage.name}` after {list(results)}: {error}",
-                hint=f"leave it out with --without-pass {step.name}",
+                hint=f"leave it out: compile_for_ort(..., without_passes=['{step.name}'])",
             ) from error
         logger.info("%s: %s changed %d", program.stage.name, step.name, results[step.name].changed)
         for reason in results[step.name].refused:

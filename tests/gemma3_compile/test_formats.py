@@ -42,7 +42,7 @@ def test_float32_quantises_nothing() -> None:
 @pytest.mark.parametrize(("dtype", "form"), [("int8", INT8), ("int4", INT4)])
 def test_int8_and_int4_take_every_linear_layer_and_the_table(dtype: str, form: BlockFormat) -> None:
     """The tower stays in 8 bits: it is small beside the decoder, and its errors reach every image token."""
-    formats = choose_formats(NANO, dtype)  # type: ignore[arg-type]
+    formats = choose_formats(NANO, dtype)
     assert formats.keys() == {EMBEDDING, *(name for name in NANO.names() if is_linear(name))}
     assert {f for name, f in formats.items() if name.startswith("decoder.")} == {form}
     assert {f for name, f in formats.items() if name.startswith("vision.")} == {INT8}
@@ -90,7 +90,7 @@ def test_a_table_with_minimums_goes_to_eight_bits() -> None:
 
 def test_an_unknown_dtype_raises() -> None:
     with pytest.raises(UsageError, match="unknown dtype `fp16`") as caught:
-        choose_formats(NANO, "fp16")  # type: ignore[arg-type]
+        choose_formats(NANO, "fp16")
     assert caught.value.hint == "the dtypes are auto, float32, int8, int4"
 
 

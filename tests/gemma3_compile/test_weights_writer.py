@@ -41,7 +41,7 @@ class Counting(Progress):
         self.done = 0
 
     @contextmanager
-    def task(self, label: str, *, total: int | None = None, unit: str = "steps") -> Iterator[Advance]:  # type: ignore[override]
+    def task(self, label: str, *, total: int | None = None, unit: str = "steps") -> Iterator[Advance]:
         def advance(amount: int) -> None:
             self.done += amount
 

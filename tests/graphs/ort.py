@@ -91,13 +91,12 @@ def save(folder: Path, lowered: Iterable[LoweredStage], stored: Stored) -> dict[
     return paths
 
 
-def open_graph(path: Path | bytes) -> Any:
+def open_graph(path: Path) -> Any:
     """An ``onnxruntime.InferenceSession`` on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    source = path if isinstance(path, bytes) else str(path)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def run(graph: Any, inputs: Mapping[str, Tensor | NDArray[Any]]) -> Arrays:

@@ -47,7 +47,6 @@ def test_a_program_is_a_copy() -> None:
             first.graph.erase_node(node)
     first.graph.output(None)
     assert len(second.graph.nodes) == before == len(exported("vision").graph_module.graph.nodes)
-    assert {n.name for n in first.graph.nodes}.isdisjoint(set()) and first.module is not second.module
 
 
 def test_formats_reach_the_weights() -> None:

@@ -21,7 +21,7 @@ from graphs.onnx_lowering import ort_rules
 from graphs.onnx_lowering.inline import Inliner
 from graphs.passes import fold_norm_offset
 from graphs.stages import Stage
-from graphs.weights import StoredTensor, Weight
+from graphs.weights import Weight
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 NANO_SEED = 7
@@ -86,14 +86,10 @@ def norm_without_one(patch: pytest.MonkeyPatch) -> None:
 
 def written_without_one(patch: pytest.MonkeyPatch) -> None:
     """The graph wants 1 + w and the ledger says so, but the writer writes w: eager and graph agree on its weights."""
-    right = weights_writer.WeightsWriter._part
-
-    def broken(
-        self: weights_writer.WeightsWriter, source: str, weight: Weight, entry: StoredTensor, start: int, stop: int
-    ) -> Any:
-        return right(self, source, replace(weight, offset=0.0), entry, start, stop)
-
-    patch.setattr(weights_writer.WeightsWriter, "_part", broken)
+    right = weights_writer.as_stored
+    patch.setattr(
+        weights_writer, "as_stored", lambda values, dtype: right(values - 1.0 if values.dim() == 1 else values, dtype)
+    )
 
 
 def unscaled_embedding(patch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ FAULTS: dict[str, Callable[[Program], None]] = {
     "scale of local layers": set_argument(WINDOW_OP, 9, 0.2),
     "scale of global layers": set_argument(gemma3c.global_attention.default, 8, 0.2),
     "norm without +1": without_offset,
-    "epsilon 1e-2": set_argument(gemma3c.add_rms_norm.default, 3, 1e-2),
+    "epsilon 1e-1": set_argument(gemma3c.add_rms_norm.default, 3, 1e-1),
     "keys for values": swapped_rows,
 }
 

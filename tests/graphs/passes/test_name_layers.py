@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from gemma3_compile.model import Gemma3
 from graphs.passes.name_layers import run
 from graphs.program import Program
-from tests.graphs.nano import nano_program, part_of, raw_program, reader, stage_inputs
+from tests.graphs.nano import eager_outputs, nano_program, part_of, reader, stage_inputs
 from tests.graphs.small import small_program
 from tests.tolerances import check
 
@@ -43,10 +43,7 @@ def test_a_probe_holds_the_residual_stream_of_its_layer(stage: str, nano_model: 
         for layer in part.layers
     ]
     try:
-        raw = raw_program(stage).stage
-        from tests.graphs.nano import eager_outputs
-
-        eager_outputs(nano_model, raw.name, inputs)
+        eager_outputs(nano_model, stage, inputs)
     finally:
         for hook in hooks:
             hook.remove()
