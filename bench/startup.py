@@ -19,7 +19,7 @@ _IMPORT = "import time; t = time.perf_counter(); import runtimes; print(time.per
 _FIRST_TOKEN = """
 import sys, runtimes
 engine = runtimes.load(sys.argv[1], threads=2)
-print(next(iter(engine.stream(sys.argv[2], raw=True, max_tokens=8)))), flush=True)
+print(next(iter(engine.stream(sys.argv[2], raw=True, max_tokens=8))), flush=True)
 sys.stdin.read()
 """
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -26,6 +27,8 @@ from gemma3_compile.checkpoints import Checkpoint, check_tensors, open_checkpoin
 from gemma3_compile.config import ModelConfig, TextConfig
 from gemma3_compile.facts import model_facts, stage_facts
 from gemma3_compile.formats import Dtype, choose_formats, default_activations, stored_dtype
+from gemma3_compile.quantize.calibration import calibrate
+from gemma3_compile.quantize.text import calibration_tokens
 from gemma3_compile.stage_graphs import CompiledStage, compile_for_ort
 from gemma3_compile.weights_writer import WeightsWriter, ledger
 from graphs.onnx_lowering.context import Activations, OrtOptions
@@ -36,8 +39,10 @@ from runtimes.bundle_writer import BundleWriter, source_date
 from runtimes.errors import UsageError
 from runtimes.manifest import CacheFacts, Manifest, Scalar, TokenizerFacts, WeightFacts
 from runtimes.progress import SILENT, Progress
+from runtimes.tokenizer import Tokenizer
 from runtimes.version import __version__
 
+Rounding = Literal["calibrated", "nearest"]
 WEIGHTS, LEDGER, TOKENIZER = "weights.safetensors", "weights.json", "tokenizer.model"
 WRITING_BYTES = 225 * 2**20
 """What writing weights takes on top of the traced graphs: a chunk in fp32, its codes and what rounding needs."""
@@ -57,6 +62,8 @@ class BuildRequest:
     """None takes the default of ``dtype``."""
     overwrite: bool = False
     context: int | None = None
+    rounding: Rounding | None = None
+    """How int4 is rounded. None calibrates, but for random weights, which no text tells anything of."""
     calibration: Path | None = None
     token: str | None = None
     offline: bool = False
@@ -96,10 +103,12 @@ def build(request: BuildRequest, progress: Progress = SILENT) -> Path:
         if not request.empty_weights:
             writer.reserve(layout.size_bytes)
         graphs = _write_graphs(writer, compiled, layout)
-        calibrated = _calibrate(request, checkpoint, formats, progress)
+        calibrated: frozenset[str] = frozenset()
         with WeightsFile(writer.path(WEIGHTS), layout) as file:
             if not request.empty_weights:
-                WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=calibrated).write(progress)
+                rounded = _calibrated(request, checkpoint, formats, progress)
+                weights = WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=rounded)
+                calibrated = weights.write(progress)
         _write_json(writer, LEDGER, ledger(plan, checkpoint, _describe(checkpoint, calibrated)))
         tokenizer = _write_tokenizer(writer, checkpoint, progress)
         manifest = _manifest(checkpoint, compiled, graphs, formats, request.dtype, options, tokenizer)
@@ -175,14 +184,25 @@ def _write_graphs(writer: BundleWriter, compiled: tuple[CompiledStage, ...], lay
     return graphs
 
 
-def _calibrate(
+def _calibrated(
     request: BuildRequest, checkpoint: Checkpoint, formats: Mapping[str, BlockFormat], progress: Progress
-) -> dict[str, Blocks]:
-    """Rows of int4 weights rounded by what the model does with them; nothing for other dtypes."""
-    return {}
+) -> Iterator[tuple[str, Blocks]]:
+    """Four-bit weights of the decoder rounded by what the model does with them; nothing where that is not wanted."""
+    rounding = request.rounding or ("calibrated" if request.random_seed is None else "nearest")
+    if request.dtype != "int4" or rounding == "nearest":
+        return
+    model = checkpoint.tokenizer()
+    if model is None:
+        progress.note("without a tokenizer no text can be read, so int4 is rounded to nearest")
+        return
+    tokens = model_facts(checkpoint.config, None).tokens
+    encode = Tokenizer.from_bytes(model, tokens).encode
+    ids = calibration_tokens(encode, tokens.bos, request.calibration)
+    decoder = {name: form for name, form in formats.items() if name.startswith("decoder.")}
+    yield from calibrate(checkpoint, decoder, ids, progress)
 
 
-def _describe(checkpoint: Checkpoint, calibrated: Mapping[str, Blocks]) -> Callable[[str, BlockFormat], str]:
+def _describe(checkpoint: Checkpoint, calibrated: Container[str]) -> Callable[[str, BlockFormat], str]:
     """Names what a source went through on its way into a format."""
 
     def how(source: str, form: BlockFormat) -> str:

@@ -5,8 +5,8 @@ At most a few million weights are in memory at a time, whatever the size of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,49 +23,84 @@ CHUNK_ELEMENTS = 1 << 23
 """Weights that are in memory at a time, in fp32 and as codes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceSpan:
+    """Where one checkpoint tensor goes: from row ``row`` of ``weight``, in each of its stored parts."""
+
+    weight: Weight
+    row: int
+    entries: tuple[StoredTensor, ...]
+
+
 @dataclass(kw_only=True)
 class WeightsWriter:
-    """Writes every weight of ``plan``; ``calibrated`` holds rows that were quantised beforehand."""
+    """Writes every weight of ``plan``.
+
+    ``calibrated`` yields sources that are quantised elsewhere, with their rows. Each is written as it
+    comes and forgotten, in whatever order; the rest is read from the checkpoint and rounded here.
+    """
 
     plan: WeightsPlan
     checkpoint: Checkpoint
     file: WeightsFile
-    calibrated: Mapping[str, Blocks] = field(default_factory=dict)
+    calibrated: Iterable[tuple[str, Blocks]] = ()
 
-    def write(self, progress: Progress = SILENT) -> None:
-        """Writes everything, with a bar over the bytes."""
+    def write(self, progress: Progress = SILENT) -> frozenset[str]:
+        """Writes everything, with a bar over the bytes; returns the names that ``calibrated`` brought."""
+        spans = self._spans()
+        taken: set[str] = set()
+        for source, blocks in self.calibrated:
+            self._write_source(source, spans[source], blocks, lambda written: None)
+            taken.add(source)
+        rest = {source: places for source, places in spans.items() if source not in taken}
+        total = sum(self._bytes(source, places) for source, places in rest.items())
+        with progress.task("writing weights", total=total, unit="bytes") as advance:
+            for source, places in rest.items():
+                self._write_source(source, places, None, advance)
+        return frozenset(taken)
+
+    def _spans(self) -> dict[str, list[SourceSpan]]:
+        """Where the rows of every checkpoint tensor go, in the order of the file."""
         entries: dict[Weight, list[StoredTensor]] = {}
         for entry in self.plan.entries:
             entries.setdefault(entry.weight, []).append(entry)
-        with progress.task("writing weights", total=self.plan.size_bytes, unit="bytes") as advance:
-            for weight in self.plan.weights:
-                row = 0
-                for source in weight.sources:
-                    row += self._write_source(source, weight, row, entries[weight], advance)
+        spans: dict[str, list[SourceSpan]] = {}
+        for weight, parts in entries.items():
+            row = 0
+            for source in weight.sources:
+                spans.setdefault(source, []).append(SourceSpan(weight=weight, row=row, entries=tuple(parts)))
+                row += self._shape(source)[0]
+        return spans
+
+    def _shape(self, source: str) -> tuple[int, ...]:
+        return self.checkpoint.info(source).shape
+
+    def _bytes(self, source: str, places: list[SourceSpan]) -> int:
+        row_bytes = sum(entry.size_bytes // entry.shape[0] for place in places for entry in place.entries)
+        return row_bytes * self._shape(source)[0]
 
     def _write_source(
-        self, source: str, weight: Weight, row: int, entries: list[StoredTensor], advance: Advance
-    ) -> int:
-        """Writes one source from row ``row`` of the stacked weight on; returns how many rows it has."""
-        shape = self.checkpoint.info(source).shape
-        for start, stop in _chunks(shape):
-            parts = self._parts(source, weight, start, stop)
-            for entry in entries:
-                advance(self.file.write_rows(entry, row + start, parts[entry.part]))
-        return shape[0]
+        self, source: str, places: list[SourceSpan], blocks: Blocks | None, advance: Advance
+    ) -> None:
+        """Writes one source: ``blocks`` where it was quantised already, else what the checkpoint holds."""
+        for place in places:
+            for start, stop in _chunks(self._shape(source)):
+                parts = self._parts(source, place.weight, blocks, start, stop)
+                for entry in place.entries:
+                    advance(self.file.write_rows(entry, place.row + start, parts[entry.part]))
 
-    def _parts(self, source: str, weight: Weight, start: int, stop: int) -> dict[Part, npt.NDArray[np.generic]]:
+    def _parts(
+        self, source: str, weight: Weight, blocks: Blocks | None, start: int, stop: int
+    ) -> dict[Part, npt.NDArray[np.generic]]:
         """Rows of one source in every part that the weight is stored in; they are read and rounded once."""
         form = weight.format
         if form is None:
             values = self.checkpoint.read_rows(source, start, stop).float() + weight.offset
             return {"values": as_stored(values, weight.dtype)}
-        blocks = self._blocks(source, form, start, stop)
-        return {part: blocks.part(part, form) for part in form.parts}
+        rows = self._blocks(source, form, start, stop) if blocks is None else blocks.rows(start, stop)
+        return {part: rows.part(part, form) for part in form.parts}
 
     def _blocks(self, source: str, form: BlockFormat, start: int, stop: int) -> Blocks:
-        if source in self.calibrated:
-            return self.calibrated[source].rows(start, stop)
         if keeps_grid(self.checkpoint, source, form):
             return kept_blocks(self.checkpoint, source, start, stop, form)
         rows = self.checkpoint.read_rows(source, start, stop).float()

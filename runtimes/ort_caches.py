@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.errors import BundleError
 from runtimes.ort_options import OrtProvider, onnxruntime
 from runtimes.session import Caches
 
@@ -138,7 +139,9 @@ def window_slack(manifest: Manifest, provider: OrtProvider) -> int:
     once for as many tokens. CUDA's operator takes exactly the window.
     """
     slack = manifest.settings.get("window_slack", 0)
-    return int(slack) if provider == "cpu" else 0
+    if not isinstance(slack, int) or slack < 0:
+        raise BundleError(f"settings.window_slack: expected a whole number of at least 0, but got {slack!r}")
+    return slack if provider == "cpu" else 0
 
 
 def aligned_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -18,9 +18,9 @@ from runtimes.errors import UsageError
 from runtimes.units import in_words
 
 if TYPE_CHECKING:
-    from graphs.onnx_lowering.context import Activations
     from gemma3_compile.formats import Dtype
-    from gemma3_compile.pipeline import BuildPlan
+    from gemma3_compile.pipeline import BuildPlan, Rounding
+    from graphs.onnx_lowering.context import Activations
 
 _PLANNED = "this version of gemma3c builds for ort; the target {} is planned and not there yet"
 TARGET = NearChoice(["ort"], planned={name: _PLANNED.format(name) for name in ("trt", "trt-rtx", "cuda")})
@@ -60,6 +60,11 @@ DTYPE = NearChoice(
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is at --out, once the new one is whole.")
 @click.option("--context", type=click.IntRange(1), help="Tokens that --dry-run counts the caches for.")
 @click.option(
+    "--rounding",
+    type=click.Choice(["calibrated", "nearest"]),
+    help="How int4 is rounded: calibrated takes minutes and halves what is lost. [default: calibrated]",
+)
+@click.option(
     "--calibration",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A text file to round int4 by. Default: a text of our own.",
@@ -79,6 +84,7 @@ def command(
     out: Path | None,
     overwrite: bool,
     context: int | None,
+    rounding: Rounding | None,
     calibration: Path | None,
     revision: str | None,
     token: str | None,
@@ -116,6 +122,7 @@ def command(
         out=out,
         overwrite=overwrite,
         context=context,
+        rounding=rounding,
         calibration=calibration,
         token=token or None,
         offline=offline,

@@ -13,6 +13,7 @@ import click
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError
 from runtimes.manifest import LayerFacts, Manifest
+from runtimes.ort_caches import window_slack
 from runtimes.units import in_words
 
 
@@ -72,10 +73,11 @@ def manifest_lines(manifest: Manifest) -> Iterator[str]:
 
 
 def cache_bytes(manifest: Manifest, context: int) -> int:
-    """What keys and values of one sequence take when the context is ``context`` tokens."""
+    """What keys and values of one sequence take on a CPU when the context is ``context`` tokens."""
     element_bytes = 4 if manifest.caches.dtype == "float32" else 2
+    slack = window_slack(manifest, "cpu")
     return sum(
-        2 * layer.kv_heads * layer.head_dim * (layer.window or context) * element_bytes
+        2 * layer.kv_heads * layer.head_dim * (layer.window + slack if layer.window else context) * element_bytes
         for layer in manifest.model.layers
     )
 

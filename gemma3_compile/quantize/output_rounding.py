@@ -17,12 +17,11 @@ Source: GPTQ (arXiv 2210.17323); coordinate descent as in QuantEase (arXiv 2309.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma3_compile.blocks import Blocks
 from gemma3_compile.quantize.rounding import fit_grid, in_blocks
 
 DAMPING = 0.1
@@ -31,15 +30,6 @@ SWEEPS = 3
 _CHUNK_ELEMENTS = 1 << 24
 _SCALE_FLOOR = 0.3
 """A sweep leaves a scale alone rather than shrink it below this share of itself."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RoundedRows:
-    """codes uint8 [N, K], scales fp32 [N, n], zeros uint8 [N, n] or None for the middle code."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
 
 
 class OutputRounding:
@@ -65,32 +55,34 @@ class OutputRounding:
         self.moment_KK = damped(F.pad(moment_KK, (0, -self.columns % block_size) * 2), damping)
         diagonal_K = self.moment_KK.diagonal()
         self.order_K = torch.argsort(diagonal_K, descending=True, stable=True)
-        use_n = diagonal_K.unflatten(0, (-1, block_size)).sum(1)
+        use_n = diagonal_K.view(-1, block_size).sum(1)
         self.block_order_n: list[int] = torch.argsort(use_n, descending=True, stable=True).tolist()
         ordered_KK = self.moment_KK[self.order_K][:, self.order_K]
         inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(ordered_KK))
         self.factor_KK = torch.linalg.cholesky(inverse_KK, upper=True)
 
-    def round(self, target_NK: Tensor) -> RoundedRows:
+    def round(self, target_NK: Tensor) -> Blocks:
         """The rows' codes, scales and zero points."""
         step = max(1, _CHUNK_ELEMENTS // self.moment_KK.shape[0])
-        parts = [self._round_chunk(chunk) for chunk in target_NK.split(step)]
-        codes, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
-        return RoundedRows(codes=codes, scales=scales, zeros=zeros if self.zero_points else None)
+        return stacked([self._round_chunk(chunk_NK) for chunk_NK in torch.split(target_NK, step)])
 
-    def _round_chunk(self, target_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _round_chunk(self, target_NK: Tensor) -> Blocks:
         blocks_Nnb = in_blocks(target_NK, self.block_size)
-        weight_nb = self.moment_KK.diagonal().unflatten(0, (-1, self.block_size))
+        weight_nb = self.moment_KK.diagonal().view(-1, self.block_size)
         scales_Nn, zeros_Nn = fit_grid(blocks_Nnb, self.bits, self.zero_points, weight_nb)
         target_KN, scales_nN, zeros_nN = (t.T.contiguous() for t in (blocks_Nnb.flatten(1), scales_Nn, zeros_Nn))
         codes_KN = self._feed_errors(target_KN, scales_nN, zeros_nN)
-        values_KN = codes_KN.unflatten(0, (-1, self.block_size)).sub(zeros_nN[:, None]).mul_(scales_nN[:, None]).flatten(0, 1)
-        slope_KN = self.moment_KK @ (values_KN - target_KN)
+        steps_nbN = codes_KN.view(-1, self.block_size, len(target_NK)) - zeros_nN[:, None]
+        values_KN = steps_nbN.mul_(scales_nN[:, None]).flatten(0, 1)
+        slope_KN = self.moment_KK @ values_KN.sub_(target_KN)
         for _ in range(self.sweeps):
             for block in self.block_order_n:
                 self._descend(block, codes_KN, scales_nN, zeros_nN, slope_KN)
-        codes_NK = codes_KN[: self.columns].T.to(torch.uint8, memory_format=torch.contiguous_format)
-        return codes_NK.contiguous(), scales_nN.T.contiguous(), zeros_nN.T.to(torch.uint8).contiguous()
+        return Blocks(
+            codes=codes_KN[: self.columns].to(torch.uint8).T.contiguous(),
+            scales=scales_nN.T.contiguous(),
+            zeros=zeros_nN.to(torch.uint8).T.contiguous() if self.zero_points else None,
+        )
 
     def _feed_errors(self, target_KN: Tensor, scales_nN: Tensor, zeros_nN: Tensor) -> Tensor:
         """GPTQ on a fixed grid: the codes, as fp32 [K, N]."""
@@ -134,6 +126,16 @@ class OutputRounding:
             slope_bN.addr_(moment_bb[i], value_N - values_bN[i])
             values_bN[i] = value_N
         slope_KN.addmm_(self.moment_KK[:, rows], values_bN.sub_(before_bN))
+
+
+def stacked(parts: list[Blocks]) -> Blocks:
+    """Rows one under another."""
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Blocks(
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
+    )
 
 
 def damped(moment_KK: Tensor, damping: float = DAMPING) -> Tensor:

@@ -16,9 +16,7 @@ _SHRINKS_FOUR_BITS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """How much of a block's range the grid spans. A narrower grid clips the largest weights and rounds the others finer."""
 
 
-def quantize_rtn(
-    w_NK: Tensor, bits: int, block_size: int, zero_points: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_rtn(w_NK: Tensor, bits: int, block_size: int, zero_points: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rounds to nearest on the grid of :func:`fit_grid`.
 
     Args:
@@ -46,7 +44,7 @@ def dequantize(codes_NK: Tensor, scales_Nn: Tensor, zeros_Nn: Tensor | None, bit
 def in_blocks(w_NK: Tensor, block_size: int) -> Tensor:
     """[N, n, b]; the last block is filled up with zeros."""
     fill = -w_NK.shape[1] % block_size
-    return F.pad(w_NK, (0, fill)).unflatten(1, (-1, block_size))
+    return F.pad(w_NK, (0, fill)).reshape(w_NK.shape[0], -1, block_size)
 
 
 def fit_grid(

@@ -34,10 +34,13 @@ def validate(request: ValidateRequest, progress: Progress = SILENT) -> Report:
     """Compares a bundle with the eager model, and writes the receipt into it.
 
     Raises:
-        UsageError, CheckpointError, BundleError, HostError, ImageError: as the message says. Numbers beyond
-            tolerance are no error: see :attr:`Report.passed`.
+        BundleError: the bundle is damaged; a file that was changed since it was built is named.
+        UsageError, CheckpointError, HostError, ImageError: as the message says.
+
+    Numbers beyond tolerance are no error: see :attr:`Report.passed`.
     """
     bundle = Bundle.open(request.bundle)
+    bundle.verify(progress)  # the receipt names the files by their hashes
     with ExitStack() as stack:
         checkpoint = open_reference(request, bundle.manifest, progress)
         if checkpoint is not None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from gemma3_compile.validate.report import Finding, Row
@@ -23,6 +24,8 @@ from runtimes.progress import SILENT, Progress
 
 STAGE = "weights"
 _LISTED = 5
+_ROWS_ELEMENTS = 1 << 22
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +68,20 @@ def _group(form: BlockFormat | None, kept: bool) -> str:
 
 
 def _compare(name: str, stored: Tensor, original: Tensor, group: str) -> _Compared:
-    difference = stored - original
-    absolute = float(difference.abs().max())
+    """Both tensors are in memory, what is computed of them only a few rows at a time."""
+    absolute = largest = off = size = 0.0
+    step = max(1, _ROWS_ELEMENTS // max(1, original[0].numel()))
+    for ours, theirs in zip(torch.split(stored, step), torch.split(original, step), strict=True):
+        difference = ours - theirs
+        absolute = float(difference.abs().max().clamp(min=absolute))
+        largest = max(largest, float(theirs.abs().max()))
+        off += float(difference.square().sum(dtype=torch.float64))
+        size += float(theirs.square().sum(dtype=torch.float64))
     if group == _KEPT_GROUP:
-        relative = absolute / max(float(original.abs().max()), 1.0 if original.dim() == 1 else 1e-30)
+        relative = absolute / max(largest, 1.0 if original.dim() == 1 else _TINY)
     else:
-        relative = float(difference.square().mean().sqrt() / original.square().mean().sqrt().clamp(min=1e-30))
-    if math.isnan(relative):  # NaN on either side
+        relative = math.sqrt(off / max(size, _TINY))
+    if not math.isfinite(off):
         relative = absolute = float("inf")
     is_off = bool(_LIMITS[group].beyond(relative, None))
     return _Compared(name=name, relative=relative, absolute=absolute, look=_look(stored, original) if is_off else None)

@@ -60,7 +60,7 @@ def write(
     plan = WeightsPlan.merge(one.stored() for one in weights)
     path = folder / "weights.safetensors"
     with WeightsFile(path, WeightsLayout(plan)) as file:
-        writer = WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=calibrated or {})
+        writer = WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=(calibrated or {}).items())
         writer.write(progress or Progress())
     return {
         name: tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

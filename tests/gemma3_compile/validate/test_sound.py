@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from gemma3_compile.cli import run
+from gemma3_compile.pipeline import BuildRequest, build
 from gemma3_compile.validate import Report, ValidateRequest, validate
 from gemma3_compile.validate.report import RECEIPT
-from runtimes.bundle import Bundle
+from runtimes.bundle import Bundle, hash_file
 from runtimes.errors import CheckpointError, UsageError
+from runtimes.manifest import MANIFEST_NAME
 from tests.gemma3_compile.validate.faults import NANO_SEED
 
 
@@ -86,7 +88,11 @@ def test_json_and_no_receipt(sound_copy: Path, capsys: pytest.CaptureFixture[str
 def test_a_bundle_beyond_tolerance_exits_with_1(sound_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A weight of NaN: the numbers part in the layer that reads it, and the receipt says so."""
     bundle = Bundle.open(sound_copy)
-    _overwrite(sound_copy / bundle.manifest.weights.file, "decoder.layers.2.input_layernorm.weight", np.nan)
+    weights = bundle.manifest.weights.file
+    _overwrite(sound_copy / weights, "decoder.layers.2.input_layernorm.weight", np.nan)
+    assert run(["validate", str(sound_copy)]) == 1  # a changed byte is told before anything is run
+    assert f"was changed: {weights}" in capsys.readouterr().err
+    _hash_anew(sound_copy, weights)
     assert run(["validate", str(sound_copy), "--reference", "bundle"]) == 1
     out = capsys.readouterr().out
     assert "layer 2 (local): overflow" in out and "sound in decoder: local layers 0-1" in out
@@ -138,6 +144,26 @@ def test_what_cannot_be_compared_is_refused(int4_bundle: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="no preset"):
         validated(renamed, reference="bundle")
     assert validated(renamed, reference="bundle", size="nano", tokens=8).passed
+
+
+def test_the_real_270m_on_its_own_grid(gguf_270m_path: Path, tmp_path: Path) -> None:
+    """Its embedding has 8 bits, its linear layers 4 with minimums: what is read back is the checkpoint, exactly."""
+    out = tmp_path / "270m"
+    build(BuildRequest(target="ort", checkpoint=gguf_270m_path, out=out, dtype="auto", activations="int16"))
+    report = validated(out, checkpoint=gguf_270m_path, tokens=12)
+    assert report.passed, "\n".join(report.lines())
+    rows = {(row.stage, row.case): row for row in report.rows}
+    assert rows["weights", "kept"].relative_error == 0.0
+    assert rows["decoder", "each layer alone"].relative_error < 2e-5
+    assert "no text is longer than the window of 512 tokens" in report.notes
+
+
+def _hash_anew(folder: Path, name: str) -> None:
+    """Makes the manifest tell of the file as it is now."""
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    manifest["files"][name]["sha256"] = hash_file(folder / name)
+    path.write_text(json.dumps(manifest))
 
 
 def _overwrite(path: Path, name: str, value: float) -> None:
