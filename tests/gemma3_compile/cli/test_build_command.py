@@ -55,6 +55,7 @@ def test_every_option_reaches_the_pipeline(gemma3c: Gemma3c, pipeline: list[Any]
         *("build", "--target", "ORT", "--size", "4B", "--checkpoint", "org/model", "--dtype", "int4"),
         *("--out", tmp_path / "out", "--overwrite", "--context", 100, "--calibration", tmp_path / "text"),
         *("--revision", "main", "--token", "secret", "--offline"),
+        *("--activations", "int16", "--rounding", "nearest"),
     )
     assert (result.code, result.out, result.err) == (0, f"{tmp_path / 'out'}\n", "a decision\n")
     (request,) = pipeline
@@ -65,6 +66,8 @@ def test_every_option_reaches_the_pipeline(gemma3c: Gemma3c, pipeline: list[Any]
         "checkpoint": "org/model",
         "random_seed": None,
         "dtype": "int4",
+        "activations": "int16",
+        "rounding": "nearest",
         "out": tmp_path / "out",
         "overwrite": True,
         "context": 100,
