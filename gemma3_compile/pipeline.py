@@ -43,6 +43,8 @@ from runtimes.tokenizer import Tokenizer
 from runtimes.version import __version__
 
 Rounding = Literal["calibrated", "nearest"]
+PREFILL_CHUNK = 1024
+"""Tokens of a prompt at a time: MatMulNBits unpacks its weights once for all of them."""
 WEIGHTS, LEDGER, TOKENIZER = "weights.safetensors", "weights.json", "tokenizer.model"
 WRITING_BYTES = 225 * 2**20
 """What writing weights takes on top of the traced graphs: a chunk in fp32, its codes and what rounding needs."""
@@ -256,6 +258,7 @@ def _settings(config: ModelConfig, options: OrtOptions, *, quantised: bool) -> d
         "image_in_place": True,
         "graph_optimization": "all",
         "window_slack": window_slack(config.text),
+        "prefill_chunk": PREFILL_CHUNK,
     }
     return {**settings, "activations": options.activations} if quantised else settings
 

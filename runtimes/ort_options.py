@@ -118,11 +118,6 @@ def session_options(settings: Mapping[str, Scalar], threads: int | None) -> Any:
     if level not in _OPTIMIZATION:
         raise BundleError(f"`settings.graph_optimization` must be one of {', '.join(_OPTIMIZATION)}, but got {level!r}")
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _OPTIMIZATION[str(level)])
-    # Threads that wait by spinning answer faster, but must not burn a core that another process needs, nor while
-    # Python samples a token. Decoding the 270M on two cores: within 2% of endless spinning on a quiet host, and
-    # about two thirds of its time where two other processes compute.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, value in settings.items():
         if name.startswith("config."):
             options.add_session_config_entry(name.removeprefix("config."), str(value))

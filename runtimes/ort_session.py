@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import HostError, UsageError
+from runtimes.huge_pages import on_huge_pages
 from runtimes.ort_caches import OrtCaches, aligned_zeros
 from runtimes.ort_options import OrtProvider, choose_provider, onnxruntime, open_graph, session_options, translated
 from runtimes.session import Caches, Chunk, Provider, Rows, Session, require_context
@@ -133,7 +134,8 @@ class OrtSession(Session):
         if stage not in self._graphs:
             settings = self.manifest.settings
             path = self._bundle.path(self.manifest.stages[stage].graph)
-            self._graphs[stage] = open_graph(path, session_options(settings, self._threads), self.provider)
+            with on_huge_pages():
+                self._graphs[stage] = open_graph(path, session_options(settings, self._threads), self.provider)
         return self._graphs[stage]
 
     def _run_with_image(self, binding: Any, caches: OrtCaches, sequence: int, chunk: Chunk) -> None:
