@@ -62,7 +62,9 @@ def less_is_better(
 def options(description: str | None) -> argparse.ArgumentParser:
     """What every bench takes."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few repeats, to see that the script works; writes nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="few repeats, to see that the script works; writes nothing"
+    )
     return parser
 
 

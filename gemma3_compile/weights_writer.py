@@ -79,9 +79,7 @@ class WeightsWriter:
         row_bytes = sum(entry.size_bytes // entry.shape[0] for place in places for entry in place.entries)
         return row_bytes * self._shape(source)[0]
 
-    def _write_source(
-        self, source: str, places: list[SourceSpan], blocks: Blocks | None, advance: Advance
-    ) -> None:
+    def _write_source(self, source: str, places: list[SourceSpan], blocks: Blocks | None, advance: Advance) -> None:
         """Writes one source: ``blocks`` where it was quantised already, else what the checkpoint holds."""
         for place in places:
             for start, stop in _chunks(self._shape(source)):

@@ -28,14 +28,15 @@ from gemma3_compile.blocks import Blocks
 from gemma3_compile.checkpoints import Checkpoint
 from gemma3_compile.formats import EMBEDDING
 from gemma3_compile.model.decoder import Layer
-from gemma3_compile.quantize.output_rounding import SWEEPS, OutputRounding, damped, stacked
+from gemma3_compile.quantize.output_rounding import DAMPING, SWEEPS, OutputRounding, damped, stacked
 from gemma3_compile.quantize.rounding import dequantize, quantize_rtn
 from gemma3_compile.quantize.streams import Stream, load_layer
 from graphs.weights import BlockFormat
-from runtimes.progress import SILENT, Progress
+from runtimes.progress import SILENT, Advance, Progress
 
-HEAD_SWEEPS = 1
-"""The head has most of the rows: one sweep takes most of the gain."""
+HEAD_SWEEPS = 2
+HEAD_DAMPING = 1.0
+"""More than a linear layer's, since the rows of the tied table are also looked up, where all columns count alike."""
 _CHUNK_ELEMENTS = 1 << 23
 _INPUT_OF = {
     "self_attn.k_proj": "self_attn.q_proj",
@@ -69,14 +70,12 @@ def calibrate(
     """
     layers = checkpoint.config.text.num_layers
     tied = formats.get(EMBEDDING)
-    with torch.no_grad(), progress.task("calibrating", total=layers * (1 if tied is None else 2)) as advance:
+    passes = 2 if tied is not None and tied.bits == 4 else 1
+    with torch.no_grad(), progress.task("calibrating", total=layers * passes) as advance:
         embedding: tuple[Blocks, BlockFormat] | None = None
         if tied is not None:
-            exact = Stream(checkpoint, token_ids_BS)
-            for index in range(layers):
-                exact.run(load_layer(checkpoint, index))
-                advance(1)
-            embedding = _round_embedding(checkpoint, tied, exact.head_inputs_TH()), tied
+            moment_KK = _head_moment(checkpoint, token_ids_BS, advance) if tied.bits == 4 else None
+            embedding = _round_embedding(checkpoint, tied, moment_KK), tied
             yield EMBEDDING, embedding[0]
         exact, rounded = Stream(checkpoint, token_ids_BS), Stream(checkpoint, token_ids_BS, embedding)
         for index in range(layers):
@@ -87,10 +86,20 @@ def calibrate(
             advance(1)
 
 
-def _round_embedding(checkpoint: Checkpoint, form: BlockFormat, head_inputs_TH: Tensor) -> Blocks:
-    """The tied table, rounded by the head's outputs, some rows at a time."""
+def _head_moment(checkpoint: Checkpoint, token_ids_BS: Tensor, advance: Advance) -> Tensor:
+    """The sum of x x' over the head's inputs, after a pass through all layers as the checkpoint has them."""
+    stream = Stream(checkpoint, token_ids_BS)
+    for index in range(checkpoint.config.text.num_layers):
+        stream.run(load_layer(checkpoint, index))
+        advance(1)
+    x_TH = stream.head_inputs_TH()
+    return x_TH.T @ x_TH
+
+
+def _round_embedding(checkpoint: Checkpoint, form: BlockFormat, moment_KK: Tensor | None) -> Blocks:
+    """The tied table, some rows at a time."""
     rows, columns = checkpoint.info(EMBEDDING).shape
-    rounder = _Rounder(head_inputs_TH.T @ head_inputs_TH, form, HEAD_SWEEPS)
+    rounder = _Rounder(form, moment_KK, HEAD_DAMPING, HEAD_SWEEPS)
     step = max(1, _CHUNK_ELEMENTS // columns)
     chunks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     return stacked([rounder.round(checkpoint.read_rows(EMBEDDING, *chunk).float()) for chunk in chunks])
@@ -135,33 +144,37 @@ def _counts(size_T: Tensor) -> Tensor:
 def _round_linear(w_NK: Tensor, x_TK: Tensor, goal_TK: Tensor, count_T: Tensor, form: BlockFormat) -> Blocks:
     """Rounds ``w`` so that its outputs on ``x`` come close to those that ``w`` itself has on ``goal``."""
     if form.bits != 4:
-        return _Rounder(None, form).round(w_NK)
+        return _Rounder(form).round(w_NK)
     counted_TK = x_TK * count_T[:, None]
     moment_KK = x_TK.T @ counted_TK
     drift_KK = (goal_TK - x_TK).T @ counted_TK
     shift_NK = torch.linalg.solve(damped(moment_KK), (w_NK @ drift_KK).T).T
-    return _Rounder(moment_KK, form).round(w_NK + shift_NK)
+    return _Rounder(form, moment_KK).round(w_NK + shift_NK)
 
 
 class _Rounder:
-    """Rounds rows to a format: by ``moment`` in four bits, to nearest in eight."""
+    """Rounds rows to a format: by their outputs where ``moment_KK`` of the inputs is given, else to nearest."""
 
-    def __init__(self, moment_KK: Tensor | None, form: BlockFormat, sweeps: int = SWEEPS) -> None:
-        self.form = form
+    def __init__(
+        self, form: BlockFormat, moment_KK: Tensor | None = None, damping: float = DAMPING, sweeps: int = SWEEPS
+    ) -> None:
+        self.form, self.zero_points = form, form.zero_points == "integer"
         self.by_outputs: OutputRounding | None = None
-        if form.bits == 4 and moment_KK is not None:
-            zero_points = form.zero_points == "integer"
+        if moment_KK is not None:
             self.by_outputs = OutputRounding(
-                moment_KK, bits=4, block_size=form.block_size, zero_points=zero_points, sweeps=sweeps
+                moment_KK,
+                bits=form.bits,
+                block_size=form.block_size,
+                zero_points=self.zero_points,
+                damping=damping,
+                sweeps=sweeps,
             )
 
     def round(self, w_NK: Tensor) -> Blocks:
         """The rows' codes, scales and zero points."""
         if self.by_outputs is not None:
             return self.by_outputs.round(w_NK)
-        codes, scales, zeros = quantize_rtn(
-            w_NK, self.form.bits, self.form.block_size, self.form.zero_points == "integer"
-        )
+        codes, scales, zeros = quantize_rtn(w_NK, self.form.bits, self.form.block_size, self.zero_points)
         return Blocks(codes=codes, scales=scales, zeros=zeros)
 
 
