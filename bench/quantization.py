@@ -23,6 +23,7 @@ from gemma3_compile.numerics import Divergence, DivergenceMeter
 TEXTS = ("docs/architecture.md", "runtimes/sampling.py", "LICENSE")
 TOKENS, CHUNK = 512, 128
 LLAMA = "llama.cpp Q4_K_M"
+REFERENCE = "reference-logits.f32"
 
 Tokens = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -52,22 +53,24 @@ VARIANTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A dot of the plot."""
+    """A dot of the plot. ``name`` does without the activations."""
 
     name: str
     weights_bytes: int
-    found: Divergence
+    kl: float
+    activations: str | None = None
 
 
 def texts(limit: int) -> list[Tokens]:
     """The first tokens of each text, begun with <bos>."""
     from gemma3_compile.checkpoints import open_checkpoint
+    from gemma3_compile.facts import model_facts
     from runtimes.tokenizer import Tokenizer
 
     with open_checkpoint(real_270m.gguf(), size="270m") as checkpoint:
         model = checkpoint.tokenizer()
         assert model is not None, "the GGUF file has a tokenizer"
-        tokenizer = Tokenizer.from_bytes(model, checkpoint.config.tokens)
+        tokenizer = Tokenizer.from_bytes(model, model_facts(checkpoint.config, None).tokens)
     encoded = [tokenizer.encode((ROOT / name).read_text(encoding="utf-8"), bos=True)[:limit] for name in TEXTS]
     return [np.array(ids, dtype=np.int64) for ids in encoded]
 
@@ -81,7 +84,7 @@ def reference(sequences: list[Tokens]) -> Logits:
     with open_checkpoint(real_270m.gguf(), size="270m") as checkpoint:
         decoder = load_eager(checkpoint).decoder
     shape = (sum(map(len, sequences)), checkpoint.config.text.vocab_size)
-    logits_RV = np.memmap(real_270m.WORK / "reference-logits.f32", np.float32, "w+", shape=shape)
+    logits_RV = np.memmap(real_270m.WORK / REFERENCE, np.float32, "w+", shape=shape)
     row = 0
     with torch.inference_mode():
         for ids in sequences:
@@ -151,21 +154,30 @@ def gguf_weights_bytes() -> int:
 
 
 def plot(points: list[Point], path: Path) -> None:
-    """KL against bytes, both on logarithmic axes."""
+    """KL against bytes, both on logarithmic axes; hollow where activations are rounded to int8."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    labelled: dict[str, float] = {}
     for point in points:
-        theirs = point.name == LLAMA
-        kl, size = max(point.found.kl_mean, 1e-12), point.weights_bytes / 1e6
-        axes.plot(size, kl, "D" if theirs else "o", color="C3" if theirs else "C0")
-        axes.annotate(point.name, (size, kl), xytext=(7, 4), textcoords="offset points", fontsize=9)
+        kl, size = max(point.kl, 1e-12), point.weights_bytes / 1e6
+        color, marker = ("C3", "D") if point.name == LLAMA else ("C0", "o")
+        fill = color if point.activations == "int16" or point.name == "float32" else "white"
+        axes.plot(size, kl, marker, color=color, markerfacecolor=fill, markersize=8)
+        if not 0.5 < labelled.get(point.name, 0.0) / kl < 2:  # two that lie on each other take one label
+            left = point.name == "kept grid"
+            place = {"xytext": (-8, -12) if left else (8, 4), "ha": "right" if left else "left"}
+            axes.annotate(point.name, (size, kl), textcoords="offset points", fontsize=9, **place)
+        labelled[point.name] = kl
+    for words, fill in (("int16 activations, or fp32", "C0"), ("int8 activations", "white")):
+        axes.plot([], [], "o", color="C0", markerfacecolor=fill, label=words)
+    axes.legend(frameon=False)
     axes.set(xscale="log", yscale="log", xlabel="weights (MB)", ylabel="mean KL divergence from fp32 (nats)")
-    axes.set_title("Gemma 3 270M, 1,536 tokens of prose, code and licence")
-    axes.set_xlim(130, 1800)
+    axes.set_title(f"Gemma 3 270M, {TOKENS * len(TEXTS):,} tokens of prose, code and licence")
+    axes.set(xlim=(130, 1800), ylim=(1e-12, 3))
     axes.set_xticks([150, 200, 300, 500, 1000], ["150", "200", "300", "500", "1000"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -174,14 +186,41 @@ def plot(points: list[Point], path: Path) -> None:
     print(f"drawn: {path.name}")
 
 
-def rows_of(variant: Variant, point: Point, llama: Point | None, missing: str | None) -> list[Row]:
-    """KL and top-1 of one variant against its bar and against llama.cpp, and its bytes."""
-    name, found = variant.name, point.found
+@dataclass(frozen=True, kw_only=True)
+class Llama:
+    """What llama.cpp came to, or why there is nothing."""
+
+    found: Divergence | None
+    weights_bytes: int
+    missing: str | None
+
+
+def llama(sequences: list[Tokens], expected_RV: Logits) -> Llama:
+    """llama.cpp's figures, where it is installed."""
+    size = gguf_weights_bytes()
+    if find_spec("llama_cpp") is None:
+        return Llama(found=None, weights_bytes=size, missing="llama_cpp is not installed: pip install -e .[bench]")
+    return Llama(found=divergence_of_llama(sequences, expected_RV), weights_bytes=size, missing=None)
+
+
+def rows_of(variant: Variant, found: Divergence, weights_bytes: int, peer: Llama) -> list[Row]:
+    """KL and top-1 of one variant against its bars and against llama.cpp, and its bytes."""
+    name, theirs, mb = variant.name, peer.found, weights_bytes / 1e6
+    if variant.dtype == "float32":
+        note = "the reference's own weights: what differs is the order of sums"
+        return [
+            Row(case=name, metric="mean KL", unit="nats", value=found.kl_mean, note=note),
+            Row(case=name, metric="weights", unit="MB", value=mb, note=note),
+        ]
     rows = [
-        less_is_better(name, "mean KL", "nats", found.kl_mean, LLAMA, llama and llama.found.kl_mean, missing),
-        more_is_better(name, "top-1 agreement", "share", found.top1, LLAMA, llama and llama.found.top1, missing),
-        less_is_better(name, "weights", "MB", point.weights_bytes / 1e6, LLAMA, llama and llama.weights_bytes / 1e6, missing),
-    ]  # fmt: skip
+        less_is_better(
+            name, "mean KL", "nats", found.kl_mean, LLAMA, None if theirs is None else theirs.kl_mean, peer.missing
+        ),
+        more_is_better(
+            name, "top-1 agreement", "share", found.top1, LLAMA, None if theirs is None else theirs.top1, peer.missing
+        ),
+        less_is_better(name, "weights", "MB", mb, LLAMA, peer.weights_bytes / 1e6, peer.missing),
+    ]
     if variant.kl_bar is not None:
         rows.append(less_is_better(name, "mean KL", "nats", found.kl_mean, BAR, variant.kl_bar))
     if variant.top1_bar is not None:
@@ -195,20 +234,19 @@ def main() -> None:
     given = parser.parse_args()
     sequences = texts(48 if given.quick else TOKENS)
     expected_RV = reference(sequences)
-    llama, missing = None, None
-    if find_spec("llama_cpp") is None:
-        missing = "llama_cpp is not installed: pip install -e .[bench]"
-    else:
-        found = divergence_of_llama(sequences, expected_RV)
-        llama = Point(name=LLAMA, weights_bytes=gguf_weights_bytes(), found=found)
-    points, rows = [llama] if llama else [], list[Row]()
+    peer = llama(sequences, expected_RV)
+    points, rows = list[Point](), list[Row]()
+    if peer.found is not None:
+        points.append(Point(name=LLAMA, weights_bytes=peer.weights_bytes, kl=peer.found.kl_mean, activations="int8"))
     for variant in VARIANTS:
         bundle = real_270m.bundle(variant.dtype, activations=variant.activations, reuse=given.reuse)
         found = divergence_of_bundle(bundle, sequences, expected_RV)
-        weights = (bundle / "weights.safetensors").stat().st_size
-        points.append(Point(name=variant.name, weights_bytes=weights, found=found))
-        rows += rows_of(variant, points[-1], llama, missing)
+        size = (bundle / "weights.safetensors").stat().st_size
+        name = variant.name.partition(",")[0]
+        points.append(Point(name=name, weights_bytes=size, kl=found.kl_mean, activations=variant.activations))
+        rows += rows_of(variant, found, size, peer)
         print(f"{variant.name}: {found}", file=sys.stderr, flush=True)
+    (real_270m.WORK / REFERENCE).unlink()
     if not given.quick:
         plot(points, IMAGES / "quantization.png")
     finish("quantization", rows, quick=given.quick)
