@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class Genai(Side):
         threads = {"intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
         self._genai, self._model = genai, genai.Model(config)
-        self._generator = None
+        self._generator: Any = None
 
     def prompt(self, tokens: Tokens) -> None:
         self._generator = None  # before the next one, so that there is never room for two caches

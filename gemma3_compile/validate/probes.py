@@ -28,7 +28,7 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ALL_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _FP32_ACTIVATIONS = 1
 HEAD_ROWS = 8
-"""Logits are read at so many tokens of a piece, the first and the last among them."""
+"""Logits are compared at so many tokens of a piece, the first and the last among them."""
 
 Array = NDArray[np.float32]
 
@@ -80,7 +80,7 @@ class ProbedBundle:
                 "token_ids": passage.token_ids[None, begin:end],
                 "start": np.array([begin]),
                 "length": np.array([size]),
-                "rows": rows[None],
+                "rows": np.arange(size)[None],  # of all tokens: the last layer's probe has the rows that are asked for
             }
             if stage == "decoder_image":
                 feeds |= self._image_feeds(passage.chunk(begin, end, features_MH))
@@ -89,7 +89,7 @@ class ProbedBundle:
                 bounds=(begin, end),
                 after=tuple(after_1SH[0] for after_1SH in after),
                 rows=rows,
-                logits_RV=logits_1RV[0],
+                logits_RV=logits_1RV[0][rows],
             )
 
     def run_vision(self, pixels_N3YX: Array) -> tuple[list[Array], Array]:

@@ -11,6 +11,7 @@ from graphs.passes.fold_norm_offset import FOLD_NORM_OFFSET
 from graphs.passes.fuse_add_norm import FUSE_ADD_NORM
 from graphs.passes.merge_linears import MERGE_LINEARS
 from graphs.passes.name_layers import NAME_LAYERS
+from graphs.passes.select_rows_early import SELECT_ROWS_EARLY
 from graphs.program import Program
 from runtimes.errors import ExportError, UsageError
 
@@ -20,6 +21,7 @@ PASSES: tuple[Pass, ...] = (
     DROP_NOOPS,
     NAME_LAYERS,  # after drop_noops, which would erase a marked node; before any rewrite
     FOLD_NORM_OFFSET,  # after drop_noops, as torch.export's assertions would keep the plain weight alive
+    SELECT_ROWS_EARLY,  # before the merging passes, whose nodes it does not know
     MERGE_LINEARS,
     FUSE_ADD_NORM,
 )
