@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 DEMO_DIR ?= bundles
+BENCHES ?= cpu_text quantization export startup kv_memory
 DEMO_PROMPT ?= A compiler is a program that
 
 .DEFAULT_GOAL := help
@@ -62,8 +63,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed-dev
-	@for name in $(sort $(basename $(notdir $(wildcard bench/[a-z]*.py)))); do echo "== bench.$$name"; $(BIN)/python -m bench.$$name || exit 1; done
+# The peers come with the extra: llama-cpp-python compiles itself, for which a C++ compiler and cmake are needed.
+$(VENV)/.installed-bench: $(INPUTS) | $(BIN)/python
+	@echo "installing gemma3-compile[bench] into $(VENV) (llama-cpp-python takes about ten minutes to compile)"
+	@CMAKE_ARGS="-DGGML_NATIVE=ON" $(PIP_INSTALL) -e ".[bench]"
+	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed-demo
+
+bench: $(VENV)/.installed-bench
+	@for name in $(BENCHES); do echo "== bench.$$name"; $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist build

@@ -35,9 +35,10 @@ def bundle(dtype: str, *, activations: str | None = None, reuse: bool = False) -
     return path
 
 
-def build_command(dtype: str, out: Path, activations: str | None = None) -> list[str]:
+def build_command(dtype: str, out: Path, activations: str | None = None, rounding: str | None = None) -> list[str]:
     """The command line that builds the 270M."""
     chosen = [] if activations is None else ["--activations", activations]
+    chosen += [] if rounding is None else ["--rounding", rounding]
     source = ["--target", "ort", "--size", "270m", "--checkpoint", str(gguf())]
     return [sys.executable, "-m", "gemma3_compile", "build", *source, "--dtype", dtype, *chosen, "--out", str(out), "--overwrite"]  # fmt: skip
 

@@ -46,6 +46,7 @@ Rounding = Literal["calibrated", "nearest"]
 PREFILL_CHUNK = 1024
 """Tokens of a prompt at a time: MatMulNBits unpacks its weights once for all of them."""
 WEIGHTS, LEDGER, TOKENIZER = "weights.safetensors", "weights.json", "tokenizer.model"
+_NOT_HASHED = "0" * 64
 WRITING_BYTES = 225 * 2**20
 """What writing weights takes on top of the traced graphs: a chunk in fp32, its codes and what rounding needs."""
 
@@ -71,7 +72,8 @@ class BuildRequest:
     offline: bool = False
     revision: str | None = None
     empty_weights: bool = False
-    """Lays the weights file out but writes nothing into it: a hole of zeros, to time a build or look at its graphs."""
+    """Lays the weights file out but writes nothing into it: a hole of zeros, to time a build or look at its graphs.
+    The hole is not hashed, so ``verify`` says that the weights are not what the manifest tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,8 @@ def build(request: BuildRequest, progress: Progress = SILENT) -> Path:
                 rounded = _calibrated(request, checkpoint, formats, progress)
                 weights = WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=rounded)
                 calibrated = weights.write(progress)
+        if request.empty_weights:
+            writer.register(WEIGHTS, _NOT_HASHED, layout.size_bytes)
         _write_json(writer, LEDGER, ledger(plan, checkpoint, _describe(checkpoint, calibrated)))
         tokenizer = _write_tokenizer(writer, checkpoint, progress)
         manifest = _manifest(checkpoint, compiled, graphs, formats, request.dtype, options, tokenizer)

@@ -20,7 +20,7 @@ from runtimes.errors import UsageError
 
 Encode = Callable[[str], Sequence[int]]
 
-SEQUENCES, LENGTH = 16, 512
+SEQUENCES, LENGTH = 32, 512
 _MODULES = (
     "argparse", "ast", "calendar", "csv", "difflib", "fractions", "heapq", "inspect", "pathlib", "shutil", "statistics",
     "tarfile", "textwrap",
