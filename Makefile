@@ -55,7 +55,7 @@ test: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu"
 
 test-gpu: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -q -m gpu
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

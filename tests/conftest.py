@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# Before anything imports triton: where there is no GPU its interpreter runs the kernels.
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
+
 from gemma3_compile.config import ModelConfig
 from gemma3_compile.presets import preset
 

@@ -26,6 +26,7 @@ from gemma3_compile.model import Gemma3
 from gemma3_compile.pipeline import build
 from graphs.weights import BlockFormat, Weight, ZeroPoints
 from runtimes.bundle import Bundle
+from runtimes.errors import BundleError
 from runtimes.session import Chunk, Session, open_session
 from tests.gemma3_compile.builds import KINDS, SEED, checkpoint_of, ledger_of, request
 from tests.graphs.unpacking import stored_values
@@ -38,7 +39,7 @@ SCHEMA = Path(runtimes.__file__).parent / "schema" / "manifest.schema.json"
 class TestEveryBundle:
     def test_is_whole(self, bundles: Mapping[str, Bundle], kind: str) -> None:
         if kind == "empty":
-            with pytest.raises(BundleError, match="weights.safetensors: expected sha256 000000000000"):
+            with pytest.raises(BundleError, match=r"weights\.safetensors: expected sha256 000000000000"):
                 bundles[kind].verify()
         else:
             bundles[kind].verify()

@@ -1,0 +1,46 @@
+"""One launch of a Triton function: what runs, on which arguments, and how it is compiled.
+
+A kernel describes its work as a list of these. The same list is run by the just-in-time compiler or by
+Triton's interpreter (:meth:`Launch.run`), compiled ahead of time for a GPU that is not there (made from meta
+tensors), and recorded by the ``cuda`` target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Argument = Tensor | int | float
+Constant = int | float | bool | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch.
+
+    Args:
+        function: the ``@triton.jit`` function.
+        grid: programs along x, y and z.
+        arguments: run-time arguments by the function's own names: tensors (a pointer), ints and floats.
+        constants: every ``tl.constexpr`` argument; None where an optional tensor is left out.
+        num_warps, num_stages: as Triton has them.
+        max_registers: a limit for each thread, None for the compiler's own choice.
+    """
+
+    function: Any
+    grid: tuple[int, int, int]
+    arguments: Mapping[str, Argument]
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    max_registers: int | None = None
+
+    def run(self) -> None:
+        """Launches on the current CUDA stream, or in Triton's interpreter."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        self.function[self.grid](
+            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, **limit
+        )
