@@ -115,7 +115,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
-        """What the launches write: outputs, and workspaces whose names begin with ``_``. In-place outputs are inputs."""
+        """What the launches write: outputs, and workspaces whose names begin with ``_``. In-place outputs are inputs.
+
+        Workspaces named ``_zero...`` are counters: zeros before the launches, and zeros again after them.
+        """
 
     @abstractmethod
     def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
