@@ -107,7 +107,7 @@ def main() -> None:
     nano = build(BuildRequest(target="ort", out=real_270m.WORK / "nano", size="nano", random_seed=0, overwrite=True))
     built = Bundle.open(nano).manifest
     tracemalloc.start()
-    _check_sessions({"nano": nano, "270m": real_270m.bundle("int4", reuse=given.reuse or given.quick)}, built)
+    _check_sessions({"nano": nano, "270m": real_270m.bundle("auto", reuse=given.reuse or given.quick)}, built)
     rows, figures = [], dict[str, list[tuple[int, int, int]]]()
     for size in PRESETS:
         manifest = manifest_of(size, built)
