@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import triton
 from torch import Tensor
 
 Argument = Tensor | int | float
@@ -40,7 +42,13 @@ class Launch:
 
     def run(self) -> None:
         """Launches on the current CUDA stream, or in Triton's interpreter."""
+        triton.set_allocator(_scratch)
         limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         self.function[self.grid](
             **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, **limit
         )
+
+
+def _scratch(size_bytes: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for tensor descriptors that a kernel makes on the device; torch aligns it to 512 bytes."""
+    return torch.empty(size_bytes, dtype=torch.int8, device="cuda")

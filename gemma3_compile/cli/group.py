@@ -18,6 +18,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "run": "Write text for one prompt, also about pictures.",
         "chat": "Talk to a bundle, turn by turn.",
         "validate": "Compare a bundle's numbers with the eager model's.",
+        "tune": "Find each kernel's fastest configuration on this GPU.",
+        "profile": "Hold each kernel's time against the GPU's limit.",
         "inspect": "Print what a bundle says of itself.",
         "verify": "Hash a bundle's files again.",
         "doctor": "Say which targets work on this host, and what is missing.",

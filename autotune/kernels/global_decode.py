@@ -1,0 +1,85 @@
+"""Attention of a global layer at decode: one token a sequence over the linear cache that holds it already.
+
+Legend: B batch, N query heads, G key-value heads, D head_dim, C slots of the cache.
+
+    out = softmax_j(scale * q . k_j) v_j    over the slots j <= position
+
+The number of splits does not depend on the position: each sequence's keys are dealt out evenly, so that one captured
+launch serves a context from its first token to its last. See :mod:`autotune.kernels.decode_attention`.
+
+Source: Gemma 3 report (arXiv 2503.19786), section 2.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import triton
+from torch import Tensor
+
+from autotune.gpu import GPUS, Gpu
+from autotune.kernel import Case, Config, Stage, Use
+from autotune.kernels.decode_attention import DecodeAttention, decode, default_config, scale_dim
+from autotune.model_shapes import ModelShapes
+
+SLOTS_MULTIPLE = 256
+"""A case's cache is the keys it sees, rounded up to this."""
+
+
+def global_decode(
+    q_B1ND: Tensor,
+    k_cache_BGCD: Tensor,
+    v_cache_BGCD: Tensor,
+    position_B: Tensor,
+    *,
+    scale: float,
+    config: Config | None = None,
+) -> Tensor:
+    """bf16 [B, 1, N, D]: the attention of one token of each sequence.
+
+    Args:
+        q_B1ND: bf16, normed and rotated.
+        k_cache_BGCD, v_cache_BGCD: bf16; position p lies in slot p, the token's own included. Slots past the
+            position may hold anything.
+        position_B: int32, the token's position in its sequence; -1: an idle sequence, whose output is zeros.
+        scale: what the scores are multiplied by.
+        config: None takes the heuristic.
+
+    Raises:
+        UsageError: a shape, dtype or device that does not fit.
+    """
+    batch, kv_heads, slots = k_cache_BGCD.shape[:3]
+    chosen = config or _default(batch, kv_heads, slots, GPUS["h100"])
+    return decode(q_B1ND, k_cache_BGCD, v_cache_BGCD, position_B, scale=scale, config=chosen)
+
+
+def _default(batch: int, kv_heads: int, slots: int, gpu: Gpu) -> Config:
+    return default_config(batch, kv_heads, slots, programs=2 * gpu.multiprocessors, counts=GlobalDecode.SPLITS)
+
+
+class GlobalDecode(DecodeAttention):
+    """``slots`` is C; dims as :class:`autotune.kernels.decode_attention.DecodeAttention` has them."""
+
+    name: ClassVar[str] = "global_decode"
+    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16",)
+    stages: ClassVar[tuple[Stage, ...]] = ("decode",)
+    source: ClassVar[tuple[str, ...]] = ("autotune.kernels.global_decode", "autotune.kernels.decode_attention")
+    SPLITS: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 13, 16, 27, 33, 37, 48, 66, 132, 264)
+    """Besides powers of two, what 108, 132 and 148 multiprocessors divided by 1, 4 or 8 heads give, once or twice."""
+
+    def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
+        if stage != "decode":
+            return ()
+        dims = {
+            "batch": batch,
+            "heads": model.heads,
+            "kv_heads": model.kv_heads,
+            "head_dim": model.head_dim,
+            "slots": triton.cdiv(context + 1, SLOTS_MULTIPLE) * SLOTS_MULTIPLE,
+            "keys": context + 1,
+            "scale_dim": scale_dim(model),
+        }
+        return (Use(name="global attention", case=Case(dtype="bfloat16", dims=dims), count=model.global_layers),)
+
+    def default(self, case: Case, gpu: Gpu) -> Config:
+        return _default(case.dims["batch"], case.dims["kv_heads"], case.dims["slots"], gpu)
