@@ -109,7 +109,7 @@ def space_of(row: Row) -> Space:
             "SPLIT": (1, 2, 3, 4, 5, 6, 8),
         },
         num_warps=(1, 2, 4, 8, 16),
-        num_stages=(1, 2, 3, 4, 5, 6),
+        num_stages=(1, 2, 3, 4, 5),
     )
 
 
