@@ -91,6 +91,10 @@ class Candidates:
         key = tuple(params[name] for name in self.values)
         return key if key in self._known else None
 
+    def config(self, params: Mapping[str, int]) -> Config:
+        """Parameters as a configuration, in the order of the space: a storage may give them in another."""
+        return config_of({name: params[name] for name in self.values if name in params} | dict(params))
+
     def nearest(self, params: Mapping[str, int], among: Collection[Key]) -> list[Key]:
         """Those of ``among`` that lie the fewest steps from ``params``, along all parameters together.
 

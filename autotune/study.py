@@ -26,9 +26,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autotune.ahead_of_time import Compiled, CompileError
 from autotune.attendance import Attendance
-from autotune.candidates import Candidates, config_of, params_of
+from autotune.candidates import Candidates, params_of
 from autotune.gpu import Gpu
-from autotune.kernel import Case, Config, Kernel
+from autotune.kernel import Case, Config, Kernel, Space
 from autotune.launch import Launch
 from autotune.record_store import source_hash, triton_version
 from autotune.sampler import REASON, SET_ASIDE, CandidateSampler, Kind, counts, taken
@@ -122,6 +122,7 @@ class Study:
     Args:
         starts: configurations to begin with: what is recorded, and the heuristic.
         compiler: None leaves compiling to the evaluator.
+        space: a part of the kernel's space; None takes all of it.
 
     Raises:
         UsageError: no candidate fits the GPU.
@@ -136,6 +137,7 @@ class Study:
         *,
         starts: Sequence[Config] = (),
         compiler: Compiler | None = None,
+        space: Space | None = None,
     ) -> None:
         self._storage, self._evaluator, self._effort, self._compiler = storage, evaluator, effort, compiler
         self.study = optuna.create_study(
@@ -145,7 +147,7 @@ class Study:
             pruner=MedianPruner(n_startup_trials=TIMED_BEFORE_PRUNING),
         )
         self.problem = replace(problem, case=self._agreed_case(problem.case))
-        self.candidates = Candidates.of(self.problem.kernel, self.problem.case, problem.gpu)
+        self.candidates = Candidates.of(self.problem.kernel, self.problem.case, problem.gpu, space)
         self.study.sampler = CandidateSampler(self.candidates, effort.sampler, effort.seed)
         self.trials = effort.trials_of(self.candidates)
         self.ran = 0
@@ -167,7 +169,7 @@ class Study:
     def timed(self) -> list[tuple[Config, float]]:
         """Candidates and their times in microseconds, the fastest first."""
         complete = [trial for trial in self.counted() if trial.state == TrialState.COMPLETE]
-        pairs = [(config_of(trial.params), float(trial.value or 0.0)) for trial in complete]
+        pairs = [(self.candidates.config(trial.params), float(trial.value or 0.0)) for trial in complete]
         return sorted(pairs, key=lambda pair: pair[1])
 
     def run(self, advance: Callable[[int], None] = lambda done: None) -> None:
@@ -226,7 +228,7 @@ class Study:
         if reason is not None:
             self._set_aside(trial, reason)
             return
-        flight = _Flight(trial=trial, config=config_of(trial.params))
+        flight = _Flight(trial=trial, config=self.candidates.config(trial.params))
         self._flights.append(flight)
         if self.candidates.key(trial.params) is not None and self._compiler is not None:
             architecture = self.problem.gpu.architecture

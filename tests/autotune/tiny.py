@@ -31,11 +31,13 @@ CASE = Case(dtype="float32", dims={"size": 40})
 def _double_kernel(x_ptr, y_ptr, size, WRONG: tl.constexpr, BLOCK: tl.constexpr):
     offset_N = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x_N = tl.load(x_ptr + offset_N, offset_N < size)
-    tl.store(y_ptr + offset_N, 2 * x_N + WRONG, offset_N < size)
+    tl.store(y_ptr + offset_N.to(tl.int64) + (WRONG // 6) * 2**40, 2 * x_N + WRONG, offset_N < size)
 
 
 class Double(Kernel):
     """y = 2 x. What ``WRONG`` says goes wrong: 0 nothing, 1 the result, 2 it hangs, 3 it crashes, 4 it raises, 5 memory.
+
+    6 writes where it must not, which a GPU does not forgive.
 
     Only ``Faulty`` has other values than 0 in its space.
     """
@@ -87,7 +89,7 @@ class Double(Kernel):
                 function=_double_kernel,
                 grid=(triton.cdiv(case.dims["size"], config.constants["BLOCK"]), 1, 1),
                 arguments={"x_ptr": tensors["x"], "y_ptr": tensors["y"], "size": case.dims["size"]},
-                constants={**config.constants, "WRONG": config.constants["WRONG"] == 1},
+                constants=config.constants,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             ),
