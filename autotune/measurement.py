@@ -22,7 +22,7 @@ from autotune.launch import Launch
 REPEATS = (3, 9, 27)
 """After so many replays a candidate's running median is reported; after the last it is the time."""
 MOST_SETS = 256
-MOST_CALLS = 4096
+MOST_CALLS = 1024
 """In one graph."""
 
 
@@ -70,7 +70,7 @@ class GraphMeter:
     """
 
     device: str = "cuda"
-    graph_us: float = 2000.0
+    graph_us: float = 1000.0
     warm_up_us: float = 10_000.0
 
     def times_us(

@@ -20,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.candidates import Candidates, Key, Params
 
 Kind = Literal["tpe", "grid", "random"]
-RANDOM_FIRST = 10
-"""Trials that TPE wants to see before it begins."""
+RANDOM_FIRST = 5
+"""Trials that TPE wants to see before it begins. With Optuna's 10 it finds the best of a hundred candidates later (bench/tuning.py)."""
 DRAWS = 10
 """How often TPE is asked again."""
 SET_ASIDE = "set_aside"

@@ -1,8 +1,8 @@
 """Where studies are kept: one URL, five kinds of place.
 
     (none)                                  SQLite in the user's cache folder
-    sqlite:///tuning.db                     SQLite; four slashes for an absolute path
-    journal:///shared/tuning.log            Optuna's journal file, which also works over NFS
+    sqlite:////folder/tuning.db             SQLite; three slashes for a relative path
+    journal:///folder/tuning.log            Optuna's journal file, which also works over NFS; two slashes for a relative path
     postgresql://user:password@host/db      PostgreSQL, by psycopg
     mysql://user:password@host/db           MySQL or MariaDB, by PyMySQL
     grpc://host:13000                       Optuna's gRPC proxy
@@ -191,7 +191,7 @@ def _database(url: str, scheme: str) -> Storage:
     if failure is not None:  # raised out here, so that the driver's words with the password are no part of the chain
         raise UsageError(f"{place} is no URL that can be read: {secrets.masked(_first_line(failure))}", hint=_KINDS)
     if parsed.get_backend_name() == "sqlite" and not parsed.database:
-        raise UsageError(f"{place} names no file", hint="write sqlite:///FILE")
+        raise UsageError(f"{place} names no file", hint="write sqlite:////FOLDER/FILE")
     try:
         storage = _created(parsed)
     except ImportError as error:

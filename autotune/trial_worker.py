@@ -115,10 +115,9 @@ def evaluate(candidate: Candidate, go_on: GoOn) -> Outcome:
 
 
 def _refused(error: Exception) -> bool:
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError  # of its compiler, of ptxas, or where resources do not suffice
 
-    return isinstance(error, OutOfResources | CompilationError)
+    return isinstance(error, TritonError)
 
 
 def _gpu_is_lost() -> bool:

@@ -59,7 +59,7 @@ class Tuned:
         tail = f" ({done} of {planned} trials: {self.why})" if self.why else ""
         if self.record is None:
             return f"{self.problem}: nothing was found{tail}"
-        gain = f", {self.gain:.2f} of the heuristic's speed" if self.gain is not None else ""
+        gain = f", {self.gain:.2f}× the heuristic's speed" if self.gain is not None else ""
         time_us, share = self.record.time_us, self.record.roofline
         return f"{self.problem}: {self.record.config}, {time_us:.2f} µs, {share:.0%} of the roofline{gain}{tail}"
 

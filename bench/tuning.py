@@ -36,7 +36,7 @@ from autotune.trial_process import TrialProcess
 from autotune.trial_worker import Failed, GoOn, Measured, Outcome, Stopped, Unfit
 from autotune.tuning import driver_version
 from bench.record import BAR, Row, finish, less_is_better, options
-from gemma3_compile.cli.tune_command import AHEAD
+from gemma3_compile.cli.tune_command import MOST_AHEAD
 from gemma3_compile.model_shapes import model_shapes
 from gemma3_compile.presets import preset
 from runtimes.errors import UsageError
@@ -48,7 +48,7 @@ CHOSEN: tuple[tuple[str, str, Stage, int, str], ...] = (
     ("window_prefill", "12b", "prefill", 2048, "local attention"),
 )
 """Kernel, model, stage, context, and where in the step."""
-LIMIT = 120
+LIMIT = 160
 """Candidates of each kernel at most."""
 NEAR, BAR_PERCENT, SEEDS = 1.03, 20.0, 5
 SLOW = 1.25
@@ -269,7 +269,7 @@ def trials_until_near(table: Table, gpu: Gpu, kind: Kind, seed: int) -> int:
     replay = Replay(table)
     storage = Storage(optuna=InMemoryStorage(), place="memory", secrets=Secrets(()), beats=False)
     problem = Problem(kernel=KERNELS[table.kernel], case=table.case, gpu=gpu)
-    effort = Effort(sampler=kind, trials=len(table.times_us) // 2, seed=seed, ahead=AHEAD)
+    effort = Effort(sampler=kind, trials=len(table.times_us) // 2, seed=seed, ahead=MOST_AHEAD)
     Study(problem, storage, replay, effort, starts=[table.default], space=table.space).run()
     near = (at for at, time_us in enumerate(replay.asked, 1) if time_us is not None and time_us <= NEAR * table.best_us)
     return next(near, len(table.times_us))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from click.core import ParameterSource
 from gemma3_compile.cli.bars import Bars
 from gemma3_compile.cli.choices import NearChoice
 from gemma3_compile.presets import PRESETS, preset
-from runtimes.errors import UsageError
+from runtimes.errors import HostError, UsageError
 
 if TYPE_CHECKING:
+    from autotune.gpu import Gpu
     from autotune.sampler import Kind
     from autotune.study import Problem
     from autotune.tuning import Tuned
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXTS = (1024, 8192, 32768)
 DEFAULT_SIZES = tuple(size for size in PRESETS if size != "nano")
 DTYPES = ("bfloat16", "int8", "int4")
-AHEAD = 4
-"""Trials that are compiled while one is timed: more would make TPE draw without knowing how the last ones did."""
+MOST_AHEAD = 8
+"""Trials that are compiled while one is timed: half of the cores' worth. More would make TPE draw without knowing how the last ones did."""
 _MODES = ("export_path", "import_path")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -111,7 +113,7 @@ def command(
     found = problems(
         chosen,
         [(model_shapes(preset(size)), contexts_of(size, contexts)) for size in sizes or DEFAULT_SIZES],
-        gpu.present(),
+        rated(gpu.present()),
         batches=batches or (1,),
         dtypes=dtypes or DTYPES,
     )
@@ -127,6 +129,17 @@ def command(
     if as_json:
         click.echo(json.dumps([as_json_of(tuned) for tuned in results], indent=1, ensure_ascii=False))
     ctx.exit(0 if all(tuned.record is not None for tuned in results) else 1)
+
+
+def rated(gpu: Gpu) -> Gpu:
+    """``gpu`` with its rates measured, so that records hold a share of what it really gives; its datasheet's if it is too full."""
+    from autotune import ceilings
+
+    try:
+        return ceilings.measure_ceilings().of(gpu)
+    except HostError as error:
+        Bars().note(f"{error.message}: the datasheet's rates stand")
+        return gpu
 
 
 def contexts_of(size: str, contexts: Sequence[int]) -> tuple[int, ...]:
@@ -168,8 +181,9 @@ def run_studies(
     store.check_writable(gpu)
     storage = open_storage(storage_url)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    effort = Effort(sampler=sampler, trials=trials, deadline=deadline, ahead=AHEAD)
-    bars.note(f"{len(problems)} studies on {gpu.name}, kept in {storage.place}; records go to {store.folder}")
+    effort = Effort(sampler=sampler, trials=trials, deadline=deadline, ahead=ahead())
+    studies = "1 study" if len(problems) == 1 else f"{len(problems)} studies"
+    bars.note(f"{studies} on {gpu.name}, kept in {storage.place}; records go to {store.folder}")
     results = []
     with (
         CompilerPool(timeout_s=candidate_timeout_s) as compiler,
@@ -198,6 +212,11 @@ def as_json_of(tuned: Tuned) -> dict[str, object]:
         "heuristic_us": tuned.heuristic_us,
         "record": None if record is None else as_json(model, {record.key: record})["records"][0],
     }
+
+
+def ahead() -> int:
+    """How many trials this host compiles while one is timed."""
+    return max(2, min(MOST_AHEAD, len(os.sched_getaffinity(0)) // 2))
 
 
 def _check_alone(ctx: click.Context) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +92,37 @@ def test_an_error_of_who_listens_ends_the_process_in_the_middle_of_its_answer() 
         with pytest.raises(Gone):
             process.evaluate(Double(), CASE, config(), go_on)
         assert evaluate(process, config())[0] == Measured(time_us=true_us(config()))
+
+
+HANGING = """
+from tests.autotune.test_trial_process import config, evaluate
+from tests.autotune.tiny import Clock
+from autotune.trial_process import TrialProcess
+process = TrialProcess(Clock())
+evaluate(process, config())
+print(process._process.pid, flush=True)
+evaluate(process, config(wrong=2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process dies with its parent on Linux only")
+def test_it_ends_with_its_parent_even_in_a_candidate_that_hangs() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = Path("/proc") / parent.stdout.readline().strip()
+    assert child.exists()
+    time.sleep(0.5)
+    parent.kill()
+    parent.communicate()
+    limit = time.monotonic() + 20
+    while runs(child) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not runs(child)
+
+
+def runs(process: Path) -> bool:
+    """Whether a process is there, and no zombie that nobody has waited for yet."""
+    try:
+        return "\nState:\tZ" not in (process / "status").read_text()
+    except OSError:
+        return False

@@ -94,7 +94,7 @@ def test_a_study_leaves_a_record(tmp_path: Path) -> None:
     assert tuned.trials == (34, 34)
     assert (
         str(tuned)
-        == "double size<=64: BLOCK=32 WRONG=0 warps=4 stages=2, 10.00 µs, 0% of the roofline, 2.05 of the heuristic's speed"
+        == "double size<=64: BLOCK=32 WRONG=0 warps=4 stages=2, 10.00 µs, 0% of the roofline, 2.05× the heuristic's speed"
     )
     assert RecordStore(tmp_path).best(Double(), problem().case, H100).config == BEST
 
