@@ -17,8 +17,6 @@ from torch import Tensor
 
 from autotune.kernel import Case, Config, Kernel, Tensors
 
-INTERPRETER_FACTOR = 2
-"""Triton's interpreter rounds fp32 to bf16 towards zero, which errs twice as much as to nearest."""
 ATOL = 1e-5
 """Share of the oracle's largest magnitude, or of its root mean square: fp32 sums in another order."""
 
@@ -77,15 +75,14 @@ def _compared(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Compar
     kernel_max, kernel_rms = _errors(actual.double() - e)
     torch_max, torch_rms = _errors(plain.double() - e)
     size_max, size_rms = _errors(e)
-    factor = 2.0 if actual.is_cuda else 2.0 * INTERPRETER_FACTOR
     return Comparison(
         name=name,
         kernel_max=kernel_max,
         torch_max=torch_max,
-        limit_max=factor * torch_max + ATOL * size_max,
+        limit_max=2 * torch_max + ATOL * size_max,
         kernel_rms=kernel_rms,
         torch_rms=torch_rms,
-        limit_rms=factor * torch_rms + ATOL * size_rms,
+        limit_rms=2 * torch_rms + ATOL * size_rms,
     )
 
 

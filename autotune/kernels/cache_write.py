@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.cache_layout import kept_rows_BC, take_rows
@@ -157,20 +158,15 @@ class CacheWrite(Kernel):
         batch, tokens, kv_heads, head_dim, window = (
             case.dims[name] for name in ("batch", "tokens", "kv_heads", "head_dim", "window")
         )
-        draw: dict[str, Any] = {"device": device}
-        if str(device) != "meta":
-            draw["generator"] = torch.Generator(device=device).manual_seed(seed)
-        tensors = {
-            name: torch.randn(shape, dtype=torch.bfloat16, **draw)
-            for names, shape in (
-                (("k", "v"), (batch, tokens, kv_heads, head_dim)),
-                (("k_cache", "v_cache"), (batch, kv_heads, window, head_dim)),
-            )
-            for name in names
-        }
-        start = torch.randint(0, 3 * window, (batch,), dtype=torch.int32, **draw)
+        draw, chunk, cache = (
+            Draw(device, seed),
+            (batch, tokens, kv_heads, head_dim),
+            (batch, kv_heads, window, head_dim),
+        )
+        tensors = {name: draw.normal(*chunk, dtype=torch.bfloat16) for name in ("k", "v")}
+        tensors |= {name: draw.normal(*cache, dtype=torch.bfloat16) for name in ("k_cache", "v_cache")}
         length = torch.full((batch,), tokens, dtype=torch.int32, device=device)
-        return tensors | {"start": start, "length": length}
+        return tensors | {"start": draw.integers(batch, high=3 * window), "length": length}
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         return {}

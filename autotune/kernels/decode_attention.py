@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Tensors
 from autotune.launch import Launch
@@ -274,21 +275,11 @@ class DecodeAttention(Kernel):
         batch, heads, kv_heads, head_dim, slots, keys = (
             case.dims[name] for name in ("batch", "heads", "kv_heads", "head_dim", "slots", "keys")
         )
-        shapes = {
-            "q": (batch, 1, heads, head_dim),
-            "k_cache": (batch, kv_heads, slots, head_dim),
-            "v_cache": (batch, kv_heads, slots, head_dim),
-        }
-        if str(device) == "meta":
-            tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()}
-            return tensors | {"position": torch.empty(batch, dtype=torch.int32, device=device)}
-        generator = torch.Generator(device=device).manual_seed(seed)
-        tensors = {
-            name: torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-            for name, shape in shapes.items()
-        }
-        for name in ("k_cache", "v_cache"):
-            tensors[name][:, :, keys:] = float("nan")  # what was never written may hold anything
+        draw, cache = Draw(device, seed), (batch, kv_heads, slots, head_dim)
+        tensors = {name: draw.normal(*cache, dtype=torch.bfloat16) for name in ("k_cache", "v_cache")}
+        for cached in tensors.values():
+            cached[:, :, keys:] = float("nan")  # what was never written may hold anything
+        tensors["q"] = draw.normal(batch, 1, heads, head_dim, dtype=torch.bfloat16)
         return tensors | {"position": torch.full((batch,), keys - 1, dtype=torch.int32, device=device)}
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:

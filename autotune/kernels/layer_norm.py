@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.launch import Launch
@@ -163,18 +164,14 @@ class LayerNorm(Kernel):
         return _default(case.dims["rows"], case.dims["hidden"])
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
-        dtype = getattr(torch, case.dtype)
+        draw, dtype = Draw(device, seed), getattr(torch, case.dtype)
         rows, hidden = case.dims["rows"], case.dims["hidden"]
-        shapes = {"x": (rows, hidden), "weight": (hidden,), "bias": (hidden,)}
-        if case.dims["residual"]:
-            shapes["h"] = (rows, hidden)
-        if str(device) == "meta":
-            return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        generator = torch.Generator(device=device).manual_seed(seed)
-        drawn = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
-        drawn["x"] = drawn["x"] * 3 + 1  # a mean that is not zero
-        drawn["weight"] = 1 + drawn["weight"] / 4
-        return {name: tensor.to(dtype) for name, tensor in drawn.items()}
+        tensors = {
+            "x": draw.normal(rows, hidden, dtype=dtype, mean=1, deviation=3),  # a mean that is not zero
+            "weight": draw.scale(hidden).to(dtype),
+            "bias": draw.normal(hidden, dtype=dtype),
+        }
+        return tensors | ({"h": draw.normal(rows, hidden, dtype=dtype)} if case.dims["residual"] else {})
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         shape = (case.dims["rows"], case.dims["hidden"])

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.matmul_blocks import dequantise_kernel, dequantise_oracle, matmul_blocks_kernel
@@ -29,7 +30,6 @@ from autotune.kernels.matmul_dense import matmul_dense_kernel
 from autotune.kernels.matmul_space import (
     INTEGER_ZEROS,
     MINIMUMS,
-    SPECIALISED,
     Product,
     default_of,
     in_loop,
@@ -37,6 +37,7 @@ from autotune.kernels.matmul_space import (
     refusal_of,
     space_of,
 )
+from autotune.kernels.product_inputs import drawn_inputs
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -190,7 +191,6 @@ def _dense_launch(product: Product, config: Config, t: Tensors, w: Tensor) -> La
         "DESCRIPTORS": loads > 0,
         "DESCRIPTOR_Y": loads > 0 and product.columns % 8 == 0,
         "PERSISTENT": programs > 0,
-        "SPECIALISED": loads == SPECIALISED,
     }
     return _launch(product, config, t, matmul_dense_kernel, programs or tiles, {"w_ptr": w}, c | modes)
 
@@ -253,7 +253,6 @@ class Matmul(Kernel):
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "int8", "int4")
     stages: ClassVar[tuple[Stage, ...]] = ("prefill", "vision")
     source: ClassVar[tuple[str, ...]] = tuple(f"autotune.kernels.matmul{part}" for part in ("", "_blocks", "_dense", "_space", "_tile"))  # fmt: skip
-    needs_scratch: ClassVar[bool] = True
     """Tensor descriptors lie in global scratch memory."""
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
@@ -292,21 +291,7 @@ class Matmul(Kernel):
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         product = product_of(case)
-        shapes = _shapes(product)
-        if str(device) == "meta":
-            return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
-        generator = torch.Generator(device=device).manual_seed(seed)
-        draw: dict[str, Any] = {"generator": generator, "device": device}
-        tensors = {}
-        for name, (shape, dtype) in shapes.items():
-            if dtype == torch.uint8:
-                tensors[name] = torch.randint(0, 256, shape, dtype=dtype, **draw)
-            elif name in ("scales", "minimums"):  # weights of about 1 / sqrt(K), the codes being even
-                tensors[name] = (0.5 + torch.rand(shape, **draw)) * 3.5 / 2**product.bits / product.depth**0.5
-            else:
-                scale = product.depth**-0.5 if name == "w" else 1.0
-                tensors[name] = torch.randn(shape, **draw).mul_(scale).to(dtype)
-        return tensors
+        return drawn_inputs(_shapes(product), product.bits, product.depth, Draw(device, seed))
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         product = product_of(case)

@@ -22,13 +22,12 @@ def _one_tile(
     tile, x_ptr, w_ptr, y_ptr, bias_ptr, residual_ptr, x_tiles, w_tiles, y_tiles, rows, columns, depth,
     GELU: tl.constexpr, GEGLU: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
-    SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_place(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
     sum_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up_MN = sum_MN
     if x_tiles is not None:
-        for k in tl.range(0, depth, BLOCK_K, warp_specialize=SPECIALISED):
+        for k in tl.range(0, depth, BLOCK_K):
             x_MK = x_tiles.load([row, k])
             if TRANSPOSED:
                 w_KN = w_tiles.load([k, column])
@@ -76,7 +75,7 @@ def _one_tile(
 def matmul_dense_kernel(
     x_ptr, w_ptr, y_ptr, bias_ptr, residual_ptr, rows, columns, depth,
     GELU: tl.constexpr, GEGLU: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, DESCRIPTOR_Y: tl.constexpr, PERSISTENT: tl.constexpr, SPECIALISED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, DESCRIPTOR_Y: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile, or, with PERSISTENT, every tile whose number is the program's modulo their count."""
@@ -94,15 +93,13 @@ def matmul_dense_kernel(
         y_tiles = tl.make_tensor_descriptor(y_ptr, [rows, columns], [columns, 1], [BLOCK_M, BLOCK_N // PARTS])
     if PERSISTENT:
         tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
-        for tile in tl.range(
-            tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALISED, warp_specialize=SPECIALISED
-        ):
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _one_tile(
                 tile, x_ptr, w_ptr, y_ptr, bias_ptr, residual_ptr, x_tiles, w_tiles, y_tiles, rows, columns, depth,
-                GELU, GEGLU, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, False,
+                GELU, GEGLU, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
             )  # fmt: skip
     else:
         _one_tile(
             tl.program_id(0), x_ptr, w_ptr, y_ptr, bias_ptr, residual_ptr, x_tiles, w_tiles, y_tiles, rows, columns,
-            depth, GELU, GEGLU, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS, SPECIALISED,
+            depth, GELU, GEGLU, TRANSPOSED, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, PARTS,
         )  # fmt: skip

@@ -3,8 +3,8 @@
 Constants:
     AHEAD: for weights in blocks only. 1 makes the weights bf16 in a launch of their own, and the rest is the product
         with bf16 weights; 0 unpacks them in the loop.
-    LOADS: 0 by pointers, 1 by tensor descriptors, 2 by descriptors in warps of their own (Hopper: two consumers of
-        half a tile each).
+    LOADS: 0 by pointers, 1 by tensor descriptors. Triton 3.6's own warp specialisation is left out: on an H100 its
+        results are wrong.
     PROGRAMS: 0 for a program a tile; otherwise as many programs as multiprocessors, each of which takes many tiles.
     BLOCK_M, BLOCK_N, BLOCK_K: rows, columns and depth of a tile. GROUP: tiles of rows side by side.
     PARTS: in how many pieces a tile is written.
@@ -20,7 +20,7 @@ from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Space
 from runtimes.errors import UsageError
 
-POINTERS, DESCRIPTORS, SPECIALISED = 0, 1, 2
+POINTERS, DESCRIPTORS = 0, 1
 BITS = {"int4": 4, "int8": 8}
 NO_ZEROS, INTEGER_ZEROS, MINIMUMS = 0, 1, 2
 AHEAD_FROM_ROWS = 1024
@@ -105,7 +105,7 @@ def space_of(product: Product) -> Space:
     """All that may be tried."""
     constants: dict[str, tuple[int, ...]] = {} if product.bits == 16 else {"AHEAD": (0, 1)}
     constants |= {
-        "LOADS": (POINTERS, DESCRIPTORS, SPECIALISED),
+        "LOADS": (POINTERS, DESCRIPTORS),
         "PROGRAMS": (0, *_PERSISTENT_PROGRAMS),
         "BLOCK_M": (64, 128, 256) if product.bits == 16 else (16, 32, 64, 128, 256),
         "BLOCK_N": (32, 64, 128, 256),
@@ -125,10 +125,8 @@ def refusal_of(product: Product, config: Config, gpu: Gpu) -> str | None:
     """Why a configuration cannot run, or is another one under another name."""
     c, loads, programs = config.constants, config.constants["LOADS"], config.constants["PROGRAMS"]
     if in_loop(product, config):
-        if programs or c["PARTS"] > 1 or loads == SPECIALISED:
-            return (
-                "weights unpacked in the loop take one program a tile, written in one part, without specialised warps"
-            )
+        if programs or c["PARTS"] > 1:
+            return "weights unpacked in the loop take one program a tile, written in one part"
         if c["BLOCK_N"] < 64:
             return f"BLOCK_N, the left side of a product of unpacked weights, must be 64 or more, but is {c['BLOCK_N']}"
     elif c["BLOCK_M"] < 64:
@@ -137,11 +135,6 @@ def refusal_of(product: Product, config: Config, gpu: Gpu) -> str | None:
         return f"tensor descriptors need compute capability 9.0, but {gpu.name} has {gpu.compute_capability}"
     if loads and (product.depth % 8 or (product.transposed and product.columns % 8)):
         return f"tensor descriptors need rows of a multiple of 16 bytes, but the depth is {product.depth}"
-    if loads == SPECIALISED:
-        if gpu.architecture != 90 or config.num_warps != 4 or c["BLOCK_M"] < 128:
-            return "specialised warps need compute capability 9.0, 4 warps and BLOCK_M of 128 or more"
-        if c["PARTS"] > 1:
-            return "Triton 3.6 cannot divide a tile in PARTS among specialised warps"
     if programs:
         tiles = triton.cdiv(product.rows, c["BLOCK_M"]) * triton.cdiv(product.columns, c["BLOCK_N"])
         if not loads or programs != gpu.multiprocessors or tiles <= programs:
@@ -151,7 +144,7 @@ def refusal_of(product: Product, config: Config, gpu: Gpu) -> str | None:
             )
     elif c["PARTS"] > 1:
         return "PARTS 2 spares shared memory only where PROGRAMS is not 0"
-    threads = 32 * config.num_warps * (2 if loads == SPECIALISED else 1)
+    threads = 32 * config.num_warps
     weights = 2 if product.geglu else 1
     sums = weights * c["BLOCK_M"] * c["BLOCK_N"] // threads
     if sums > 128:
@@ -167,7 +160,7 @@ def refusal_of(product: Product, config: Config, gpu: Gpu) -> str | None:
 
 def shared_bytes(product: Product, config: Config, gpu: Gpu) -> int:
     """Shared memory at most: the pipeline's buffers and the tile on its way out, which share it if one program has one tile."""
-    c, loads = config.constants, config.constants["LOADS"]
+    c = config.constants
     weights = 2 if product.geglu else 1
     # Pointer loads before Hopper are waited for before the product reads them: one buffer less.
     stages = config.num_stages if gpu.architecture >= 90 else config.num_stages - 1
@@ -180,7 +173,7 @@ def shared_bytes(product: Product, config: Config, gpu: Gpu) -> int:
             unpacked += weights * c["BLOCK_N"] * c["BLOCK_K"] * 2
         return max(stages * c["BLOCK_M"] * c["BLOCK_K"] * 2 + unpacked, tile + tile // 8) + _BARRIER_BYTES
     pipeline = stages * (c["BLOCK_M"] + weights * c["BLOCK_N"]) * c["BLOCK_K"] * 2
-    if c["PROGRAMS"] or loads == SPECIALISED:
+    if c["PROGRAMS"]:
         through = product.residual + (1 if product.columns % 8 == 0 else 2)
         return pipeline + tile * through + _BARRIER_BYTES
     return max(pipeline, tile + tile // 8) + _BARRIER_BYTES

@@ -21,12 +21,13 @@ Source: Gemma 3 report (arXiv 2503.19786), section 2; RMSNorm: arXiv 1910.07467;
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.matmul_blocks import dequantise_oracle
@@ -43,6 +44,7 @@ from autotune.kernels.matvec_space import (
     row_of,
     space_of,
 )
+from autotune.kernels.product_inputs import drawn_inputs
 from autotune.kernels.rms_norm import EPS, rms_norm_oracle
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
@@ -240,25 +242,8 @@ class Matvec(Kernel):
         return default_of(row_of(case), gpu)
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
-        row = row_of(case)
-        shapes = _shapes(row)
-        if str(device) == "meta":
-            return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
-        generator = torch.Generator(device=device).manual_seed(seed)
-        draw: dict[str, Any] = {"generator": generator, "device": device}
-        tensors = {}
-        for name, (shape, dtype) in shapes.items():
-            if dtype == torch.uint8:
-                tensors[name] = torch.randint(0, 256, shape, dtype=dtype, **draw)
-            elif name in ("scales", "minimums"):  # weights of about 1 / sqrt(K), the codes being even
-                values = (0.5 + torch.rand(shape, **draw)) * 3.5 / 2**row.bits / row.depth**0.5
-                tensors[name] = values.to(dtype)
-            elif name in ("norm", "post"):
-                tensors[name] = 1 + torch.randn(shape, **draw) / 4
-            else:
-                size = row.depth**-0.5 if name == "w" else 3.0 if name == "x" and row.norm else 1.0
-                tensors[name] = torch.randn(shape, **draw).mul_(size).to(dtype)
-        return tensors
+        row, draw = row_of(case), Draw(device, seed)
+        return drawn_inputs(_shapes(row), row.bits, row.depth, draw, deviation=3.0 if row.norm else 1.0)
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         row, split = row_of(case), config.constants["SPLIT"]

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.launch import Launch
@@ -186,21 +187,15 @@ class PatchEmbed(Kernel):
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         images, size, patch, hidden = (case.dims[name] for name in ("images", "size", "patch", "hidden"))
-        shapes: dict[str, tuple[int, ...]] = {
-            "pixels": (images, CHANNELS, size, size),
-            "weight": (hidden, CHANNELS, patch, patch),
-            "bias": (hidden,),
-            "position": ((size // patch) ** 2, hidden),
+        draw, floats = Draw(device, seed), getattr(torch, case.dtype)
+        pixels = draw.normal(images, CHANNELS, size, size, deviation=1 / 3).clamp_(-1, 1)
+        fan_in = CHANNELS * patch * patch
+        return {
+            "pixels": pixels.to(torch.float32 if case.dims["wide"] else floats),
+            "weight": draw.normal(hidden, CHANNELS, patch, patch, dtype=floats, deviation=fan_in**-0.5),
+            "bias": draw.normal(hidden, dtype=floats),
+            "position": draw.normal((size // patch) ** 2, hidden, dtype=floats),
         }
-        floats = getattr(torch, case.dtype)
-        dtypes = dict.fromkeys(shapes, floats) | {"pixels": torch.float32 if case.dims["wide"] else floats}
-        if str(device) == "meta":
-            return {name: torch.empty(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
-        generator = torch.Generator(device=device).manual_seed(seed)
-        drawn = {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
-        drawn["pixels"].div_(3).clamp_(-1, 1)
-        drawn["weight"].mul_((CHANNELS * patch * patch) ** -0.5)
-        return {name: tensor.to(dtypes[name]) for name, tensor in drawn.items()}
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         shape = (case.dims["images"], (case.dims["size"] // case.dims["patch"]) ** 2, case.dims["hidden"])

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.siglip_pool import siglip_pool as siglip_pool_oracle
@@ -137,16 +138,9 @@ class PoolNorm(Kernel):
         return _default(case.dims["hidden"])
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
-        dtype = getattr(torch, case.dtype)
-        shape = (case.dims["images"], case.dims["side"] ** 2, case.dims["hidden"])
-        if str(device) == "meta":
-            return {
-                "x": torch.empty(shape, dtype=dtype, device=device),
-                "scale": torch.empty(shape[-1], device=device),
-            }
-        generator = torch.Generator(device=device).manual_seed(seed)
-        x = torch.randn(shape, generator=generator, device=device).mul_(3).to(dtype)
-        return {"x": x, "scale": 1 + torch.randn(shape[-1], generator=generator, device=device) / 4}
+        draw, dtype, hidden = Draw(device, seed), getattr(torch, case.dtype), case.dims["hidden"]
+        x = draw.normal(case.dims["images"], case.dims["side"] ** 2, hidden, dtype=dtype, deviation=3)
+        return {"x": x, "scale": draw.scale(hidden)}
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         shape = (case.dims["images"], (case.dims["side"] // case.dims["pool"]) ** 2, case.dims["hidden"])

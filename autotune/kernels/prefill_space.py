@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Kernel, Space, Stage, Tensors
 from autotune.kernels import prefill_hopper
@@ -34,8 +35,6 @@ class PrefillKernel(Kernel):
 
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16",)
     stages: ClassVar[tuple[Stage, ...]] = ("prefill",)
-    needs_scratch: ClassVar[bool] = True
-    """Tensor descriptors are made in global scratch memory: Triton's allocator must be set."""
 
     def space(self, case: Case) -> Space:
         return Space(
@@ -154,18 +153,14 @@ def chunk_tensors(case: Case, *, slots: int, device: torch.device | str, seed: i
     shapes = {"q": (batch, chunk, heads, head_dim), "k_cache": (batch, kv_heads, slots, head_dim)}
     shapes |= {"k": (batch, chunk, kv_heads, head_dim), "v": (batch, chunk, kv_heads, head_dim)}
     shapes["v_cache"] = shapes["k_cache"]
-    if str(device) == "meta":
-        tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()}
+    draw = Draw(device, seed)
+    tensors = {name: draw.normal(*shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    if draw.meta:
         tensors |= {name: torch.empty(batch, dtype=torch.int32, device=device) for name in ("start", "length")}
         if d["images"]:
             tensors["image_ids"] = torch.empty(batch, chunk, dtype=torch.int64, device=device)
             tensors["visible_end"] = torch.empty(batch, chunk, dtype=torch.int32, device=device)
         return tensors
-    generator = torch.Generator(device=device).manual_seed(seed)
-    tensors = {
-        name: torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)
-        for name, shape in shapes.items()
-    }
     host = torch.Generator().manual_seed(seed)
     start = torch.full((batch,), d["start"], dtype=torch.int32)
     length = torch.full((batch,), chunk, dtype=torch.int32)

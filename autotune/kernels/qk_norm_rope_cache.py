@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.cache_write import cache_write_oracle
@@ -338,14 +339,12 @@ class QkNormRopeCache(Kernel):
         shapes: dict[str, tuple[int, ...]] = {"qkv": (batch * tokens, (heads + 2 * kv_heads) * head_dim)}
         if slots:
             shapes["k_cache"] = shapes["v_cache"] = (batch, kv_heads, slots, head_dim)
-        draw: dict[str, Any] = {"device": device}
-        if str(device) != "meta":
-            draw["generator"] = torch.Generator(device=device).manual_seed(seed)
-        tensors = {name: torch.randn(shape, dtype=torch.bfloat16, **draw) for name, shape in shapes.items()}
-        tensors |= {name: 1 + torch.randn(head_dim, **draw) / 4 for name in ("q_scale", "k_scale")}
+        draw = Draw(device, seed)
+        tensors = {name: draw.normal(*shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        tensors |= {name: draw.scale(head_dim) for name in ("q_scale", "k_scale")}
         tensors["frequency"] = inverse_frequencies(head_dim, 10_000.0, 1.0, device)
         latest = slots if slots and tokens > 1 else _LONGEST
-        tensors["start"] = torch.randint(0, latest - tokens + 1, (batch,), dtype=torch.int32, **draw)
+        tensors["start"] = draw.integers(batch, high=latest - tokens + 1)
         if tokens > 1:
             tensors["length"] = torch.full((batch,), tokens, dtype=torch.int32, device=device)
         return tensors

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.launch import Launch
@@ -167,19 +168,12 @@ class RmsNorm(Kernel):
         return _default(case.dims["rows"], case.dims["hidden"])
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
-        dtype = getattr(torch, case.dtype)
-        rows, hidden = case.dims["rows"], case.dims["hidden"]
-        if str(device) == "meta":
-            tensors = {name: torch.empty(rows, hidden, dtype=dtype, device=device) for name in ("x", "h")}
-            scales = {name: torch.empty(hidden, device=device) for name in ("scale", "next_scale")}
-        else:
-            generator = torch.Generator(device=device).manual_seed(seed)
-            draw = {"generator": generator, "device": device}
-            tensors = {name: torch.randn(rows, hidden, **draw).mul_(3).to(dtype) for name in ("x", "h")}  # type: ignore[call-overload]
-            scales = {name: 1 + torch.randn(hidden, **draw) / 4 for name in ("scale", "next_scale")}  # type: ignore[call-overload]
-        if not case.dims["residual"]:
-            del tensors["h"], scales["next_scale"]
-        return tensors | scales
+        draw, dtype = Draw(device, seed), getattr(torch, case.dtype)
+        shape = (case.dims["rows"], case.dims["hidden"])
+        tensors = {"x": draw.normal(*shape, dtype=dtype, deviation=3), "scale": draw.scale(shape[1])}
+        if case.dims["residual"]:
+            tensors |= {"h": draw.normal(*shape, dtype=dtype, deviation=3), "next_scale": draw.scale(shape[1])}
+        return tensors
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         shape = (case.dims["rows"], case.dims["hidden"])

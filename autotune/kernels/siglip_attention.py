@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.launch import Launch
@@ -29,7 +30,7 @@ from autotune.model_shapes import ModelShapes
 from runtimes.errors import UsageError
 
 LOG2_E = 1.4426950408889634
-POINTERS, DESCRIPTORS, SPECIALISED = 0, 1, 2
+POINTERS, DESCRIPTORS = 0, 1
 
 
 def siglip_attention_oracle(q_IPAD: Tensor, k_IPAD: Tensor, v_IPAD: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def _store_lanes(
 def _siglip_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, patches, heads, image_stride, patch_stride, head_stride, scale,
     D: tl.constexpr, QK: tl.constexpr, QK_REST: tl.constexpr, PV: tl.constexpr, PV_REST: tl.constexpr,
-    EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALISED: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M
@@ -83,19 +84,14 @@ def _siglip_attention_kernel(
             k_rest_tiles = tl.make_tensor_descriptor(k_ptr, [patches, D], [patch_stride, 1], [BLOCK_N, QK_REST])
         if PV_REST:
             v_rest_tiles = tl.make_tensor_descriptor(v_ptr, [patches, D], [patch_stride, 1], [BLOCK_N, PV_REST])
-    q_tiles, q_rest_tiles = None, None
-    if SPECIALISED:  # whose compiler takes a tile that was not loaded by a descriptor for an error
-        q_tiles = tl.make_tensor_descriptor(q_ptr, [patches, D], [patch_stride, 1], [BLOCK_M, QK])
-        if QK_REST:
-            q_rest_tiles = tl.make_tensor_descriptor(q_ptr, [patches, D], [patch_stride, 1], [BLOCK_M, QK_REST])
-    q_MD = _lanes(q_ptr, q_tiles, row, patches, patch_stride, 0, D, BLOCK_M, QK)
+    q_MD = _lanes(q_ptr, None, row, patches, patch_stride, 0, D, BLOCK_M, QK)
     if QK_REST:
-        q_rest_MD = _lanes(q_ptr, q_rest_tiles, row, patches, patch_stride, QK, D, BLOCK_M, QK_REST)
+        q_rest_MD = _lanes(q_ptr, None, row, patches, patch_stride, QK, D, BLOCK_M, QK_REST)
     max_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_M = tl.zeros((BLOCK_M,), tl.float32)
     out_MD = tl.zeros((BLOCK_M, PV), tl.float32)
     rest_MD = tl.zeros((BLOCK_M, PV_REST if PV_REST else 16), tl.float32)
-    for key in tl.range(0, patches, BLOCK_N, warp_specialize=SPECIALISED):
+    for key in tl.range(0, patches, BLOCK_N):
         k_KD = _lanes(k_ptr, k_tiles, key, patches, patch_stride, 0, D, BLOCK_N, QK)
         score_MK = tl.dot(q_MD, k_KD.T)
         if QK_REST:
@@ -191,7 +187,6 @@ def _launch(config: Config, q_IPAD: Tensor, k_IPAD: Tensor, v_IPAD: Tensor, out_
             "EVEN_K": patches % c["BLOCK_N"] == 0,
             "ALIGNED": not any(stride % 8 for stride in q_IPAD.stride()[:3]),
             "DESCRIPTORS": c["LOADS"] > 0,
-            "SPECIALISED": c["LOADS"] == SPECIALISED,
             "BLOCK_M": c["BLOCK_M"],
             "BLOCK_N": c["BLOCK_N"],
         },
@@ -203,15 +198,14 @@ def _launch(config: Config, q_IPAD: Tensor, k_IPAD: Tensor, v_IPAD: Tensor, out_
 class SiglipAttention(Kernel):
     """Dims ``images``, ``patches``, ``heads``, ``head_dim``.
 
-    Constants: LOADS 0 by pointers, 1 by tensor descriptors, 2 by descriptors in warps of their own (Hopper); SPLIT 0
-    fills head_dim up to a power of two, 1 splits it for the first product, 2 for both.
+    Constants: LOADS 0 by pointers, 1 by tensor descriptors; SPLIT 0 fills head_dim up to a power of two, 1 splits it
+    for the first product, 2 for both.
     """
 
     name: ClassVar[str] = "siglip_attention"
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16",)
     stages: ClassVar[tuple[Stage, ...]] = ("vision",)
     source: ClassVar[tuple[str, ...]] = ("autotune.kernels.siglip_attention",)
-    needs_scratch: ClassVar[bool] = True
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
         vision = model.vision
@@ -226,27 +220,23 @@ class SiglipAttention(Kernel):
         return f"{case.dtype} images<={images} patches<={patches} head_dim={case.dims['head_dim']}"
 
     def space(self, case: Case) -> Space:
-        constants = {"LOADS": (POINTERS, DESCRIPTORS, SPECIALISED), "SPLIT": (0, 1, 2)}
+        constants = {"LOADS": (POINTERS, DESCRIPTORS), "SPLIT": (0, 1, 2)}
         constants |= {"BLOCK_M": (64, 128, 256), "BLOCK_N": (32, 64, 128)}
         return Space(constants=constants, num_warps=(4, 8), num_stages=(2, 3, 4))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         c, head_dim = config.constants, case.dims["head_dim"]
-        specialised = c["LOADS"] == SPECIALISED
         if c["LOADS"] and (gpu.architecture < 90 or head_dim % 8):
             return f"tensor descriptors need compute capability 9.0 and heads of a multiple of 8, but {gpu.name} has {gpu.compute_capability} and a head {head_dim}"
-        if specialised and (gpu.architecture != 90 or config.num_warps != 4 or c["BLOCK_M"] != 128):
-            return "specialised warps need compute capability 9.0, 4 warps and BLOCK_M of 128"
         if c["BLOCK_M"] > 128 and gpu.architecture == 100:
             return "the tensor memory of compute capability 10.0 has 128 rows"
         if c["SPLIT"] and not _split(head_dim, True)[1]:
             return f"a head_dim of {head_dim} has nothing to split"
         qk, pv = sum(_split(head_dim, c["SPLIT"] > 0)), sum(_split(head_dim, c["SPLIT"] > 1))
-        values = c["BLOCK_M"] * (c["BLOCK_N"] + pv) // (32 * config.num_warps * (2 if specialised else 1))
+        values = c["BLOCK_M"] * (c["BLOCK_N"] + pv) // (32 * config.num_warps)
         if values > 192:
             return f"{values} scores and sums a thread take more registers than there are"
         needed = 2 * (c["BLOCK_M"] * qk + config.num_stages * c["BLOCK_N"] * (qk + pv)) + 1024
-        needed += 128 * c["BLOCK_M"] if specialised else 0
         if needed > gpu.shared_bytes:
             return f"{needed} bytes of shared memory, but {gpu.name} has {gpu.shared_bytes} for a block"
         return None
@@ -259,10 +249,7 @@ class SiglipAttention(Kernel):
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         shape = (case.dims["images"], case.dims["patches"], 3, case.dims["heads"], case.dims["head_dim"])
-        if str(device) == "meta":
-            return {"qkv": torch.empty(shape, dtype=torch.bfloat16, device=device)}
-        generator = torch.Generator(device=device).manual_seed(seed)
-        return {"qkv": torch.randn(shape, generator=generator, device=device).to(torch.bfloat16)}
+        return {"qkv": Draw(device, seed).normal(*shape, dtype=torch.bfloat16)}
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         shape = [case.dims[name] for name in ("images", "patches", "heads", "head_dim")]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from itertools import product
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 
 from autotune.gpu import GPUS
 from autotune.kernel import Case, Config
@@ -30,26 +26,6 @@ def case(dtype: str = "bfloat16", *, rows: int = 1, columns: int = 7, depth: int
 
 def config(warps: int = 1, stages: int = 1, base: dict[str, int] = FMA, **constants: int) -> Config:
     return Config(constants=base | constants, num_warps=warps, num_stages=stages)
-
-
-@pytest.fixture(autouse=True)
-def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter rounds fp32 to bf16 towards zero. In a long sum the same way each time is no small error."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def cast_to_nearest(self: Any, source: Any, target: Any) -> Any:
-        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
-            return cast(self, source, target)
-        bits = np.ascontiguousarray(source.data).view(np.uint32)
-        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        return interpreter.TensorHandle(np.where(np.isnan(source.data), np.uint16(0x7FC0), nearest), tl.bfloat16)
-
-    for name in ("cast_impl", "create_fp_trunc"):
-        monkeypatch.setattr(interpreter.InterpreterBuilder, name, cast_to_nearest)
 
 
 @pytest.mark.parametrize("dtype", KERNEL.dtypes)
