@@ -1,8 +1,8 @@
 """Compiles launches for a GPU that need not be there, in processes of their own.
 
 What is compiled is what :meth:`Launch.run` would run: the same specialisation as Triton's own launcher, so that a
-measured kernel and a shipped one are the same, and what is compiled here a launch finds in Triton's cache. That is: an integer that is 1 becomes a constant and leaves the
-cubin's arguments; pointers and integers that are multiples of 16 are compiled as such. Meta tensors count as aligned
+measured kernel and a shipped one are the same, and a launch finds in Triton's cache what was compiled here. That is: an
+integer that is 1 becomes a constant and leaves the cubin's arguments; pointers and integers that are multiples of 16 are compiled as such. Meta tensors count as aligned
 up to their offset in their storage: whoever loads the cubin must align its buffers to 16 bytes. Integers that one cubin
 must take at any value are named in ``varying``.
 
@@ -14,21 +14,18 @@ must take at any value are named in ``varying``.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from autotune.compile_worker import ArgumentFacts, Refusal, Reply, Request, receive, send
+from autotune.child_process import ChildProcess
+from autotune.compile_worker import ArgumentFacts, Refusal, Reply, Request
 from autotune.launch import Argument, Launch
 from runtimes.errors import Gemma3CompileError
 
@@ -126,7 +123,7 @@ class CompilerPool:
         self._threads = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="compile")
         self._own = threading.local()
         self._lock = threading.Lock()
-        self._started: list[_Worker] = []
+        self._started: list[ChildProcess] = []
 
     def submit(self, launch: Launch, architecture: int, *, varying: Collection[str] = ()) -> Future[Compiled]:
         """Compiles in the background; the future raises CompileError where Triton refuses."""
@@ -150,6 +147,8 @@ class CompilerPool:
             for worker in self._started:
                 worker.kill()
         self._threads.shutdown(wait=True)
+        for worker in self._started:
+            worker.close()
 
     def __enter__(self) -> CompilerPool:
         return self
@@ -161,12 +160,12 @@ class CompilerPool:
 
     def _compile(self, request: Request) -> Compiled:
         """Runs in a thread of the pool, each of which has a worker of its own."""
-        worker: _Worker | None = getattr(self._own, "worker", None)
+        worker: ChildProcess | None = getattr(self._own, "worker", None)
         if worker is None or not worker.alive:
-            worker = self._own.worker = _Worker(self.cache_folder)
+            worker = self._own.worker = _started(self.cache_folder)
             with self._lock:
                 self._started = [other for other in self._started if other.alive] + [worker]
-        reply = worker.ask(request, self.timeout_s)
+        reply = _ask(worker, request, self.timeout_s)
         return Compiled(
             architecture=request.architecture,
             cubin=reply.cubin,
@@ -230,66 +229,29 @@ def _outcome(future: Future[Compiled]) -> Compiled | CompileError:
         return error
 
 
-class _Worker:
-    """A process of :mod:`autotune.compile_worker`. It outlives a refused request, but not a hang."""
+def _started(cache_folder: Path | None) -> ChildProcess:
+    # A kernel that Triton is to compile must not be imported for its interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    if cache_folder is not None:
+        environment["TRITON_CACHE_DIR"] = str(cache_folder)
+    return ChildProcess("autotune.compile_worker", environment)
 
-    def __init__(self, cache_folder: Path | None) -> None:
-        # A kernel that Triton is to compile must not be imported for its interpreter.
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1"}
-        if cache_folder is not None:
-            environment["TRITON_CACHE_DIR"] = str(cache_folder)
-        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, "-m", "autotune.compile_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=environment,
-            start_new_session=True,  # an interrupt at the terminal is the parent's to handle
-        )
 
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def ask(self, request: Request, timeout_s: float) -> Reply:
-        """Sends a request and waits for the reply; kills the process where it takes too long."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            self.process.kill()
-
-        timer = threading.Timer(timeout_s, stop)
-        timer.start()
-        reply: Any
-        try:
-            send(self.process.stdin, request)
-            reply = receive(self.process.stdout)
-        except OSError:
-            reply = None
-        finally:
-            timer.cancel()
-        what = f"{request.module}.{request.function} for sm_{request.architecture} ({_described(request)})"
-        if isinstance(reply, Reply):
-            return reply
-        if isinstance(reply, Refusal):
-            raise CompileError(f"Triton does not compile {what}: {reply.summary}", details=reply.details)
-        self.kill()
-        if late.is_set():
-            raise CompileError(f"compiling {what} took longer than {timeout_s:g} s")
-        raise CompileError(f"Triton's compiler died on {what}: {self._last_words()}")
-
-    def _last_words(self) -> str:
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").splitlines()
-        return lines[-1] if lines else f"exit status {self.process.returncode}, nothing printed"
+def _ask(worker: ChildProcess, request: Request, timeout_s: float) -> Reply:
+    """A worker outlives a refused request, but neither a hang nor a crash of the compiler."""
+    with worker.within(timeout_s) as late:
+        reply = worker.exchange(request)
+    if isinstance(reply, Reply):
+        return reply
+    what = f"{request.module}.{request.function} for sm_{request.architecture} ({_described(request)})"
+    if isinstance(reply, Refusal):
+        raise CompileError(f"Triton does not compile {what}: {reply.summary}", details=reply.details)
+    ending = worker.ending()
+    worker.kill()
+    if late.is_set():
+        raise CompileError(f"compiling {what} took longer than {timeout_s:g} s")
+    raise CompileError(f"Triton's compiler died on {what}: {ending}")
 
 
 def _described(request: Request) -> str:

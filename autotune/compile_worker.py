@@ -2,14 +2,12 @@
 
 It is a process of its own because Triton decides between compiling and interpreting when a kernel's module is
 imported, because MLIR ends the process where it meets its own faults, and because several can work at once.
-Only :mod:`autotune.ahead_of_time` starts it, as ``python -m autotune.compile_worker``. A message is a length of
-eight bytes, little-endian, and that many bytes of pickle.
+Only :mod:`autotune.ahead_of_time` starts it, as ``python -m autotune.compile_worker``.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -19,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import IO, Any, cast
+
+from autotune.messages import receive, send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,23 +172,6 @@ def serve(requests: IO[bytes], replies: IO[bytes], answer: Callable[[Request], R
         except Exception as error:  # noqa: BLE001 - whatever Triton raises, the parent has to know
             reply = Refusal.of(error)
         send(replies, reply)
-
-
-def send(stream: IO[bytes], message: object) -> None:
-    """Writes one message."""
-    data = pickle.dumps(message)
-    stream.write(len(data).to_bytes(8, "little") + data)
-    stream.flush()
-
-
-def receive(stream: IO[bytes]) -> object | None:
-    """Reads one message; None at the end of the stream, also where it ends in the middle of one."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    length = int.from_bytes(head, "little")
-    data = stream.read(length)
-    return pickle.loads(data) if len(data) == length else None
 
 
 def main() -> None:

@@ -22,7 +22,9 @@ class VisionShapes:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShapes:
-    """A Gemma 3: ``window`` is W, the query counted; ``vision`` None for text-only sizes."""
+    """A Gemma 3: ``window`` is W, the query counted; scores are divided by the root of ``query_pre_attn_scalar``; ``vision``
+    None for text-only sizes.
+    """
 
     name: str
     hidden: int
@@ -30,6 +32,7 @@ class ModelShapes:
     heads: int
     kv_heads: int
     head_dim: int
+    query_pre_attn_scalar: int
     vocab: int
     window: int
     local_layers: int

@@ -2,7 +2,7 @@
 
 Only :mod:`autotune.trial_process` starts it, as ``python -m autotune.trial_worker``. It reads :class:`Candidate` from
 stdin, answers with a :class:`Step` after each stretch of replays and waits for whether to go on, and ends with what
-came of it. Messages are those of :mod:`autotune.compile_worker`.
+came of it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from importlib import import_module
 
 import torch
 
-from autotune.compile_worker import receive, send
 from autotune.correctness import compare
 from autotune.kernel import Case, Config, Kernel
 from autotune.measurement import Meter, running_medians
+from autotune.messages import receive, send
 
 GoOn = Callable[[int, float], bool]
 """Hears how many replays were timed and their median in microseconds; says whether to go on."""

@@ -16,6 +16,7 @@ def model_shapes(config: ModelConfig) -> ModelShapes:
         heads=text.num_heads,
         kv_heads=text.num_kv_heads,
         head_dim=text.head_dim,
+        query_pre_attn_scalar=round(text.query_pre_attn_scalar),
         vocab=text.vocab_size,
         window=text.sliding_window,
         local_layers=text.layer_kinds.count("local"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,14 @@ from gemma3_compile.presets import preset
 if TYPE_CHECKING:  # torch is imported by the fixtures that need it: the runtime's tests start without it
     from gemma3_compile.model import Gemma3
     from tests.twins import Twin
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers in every run. torch is seeded where it is loaded already."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

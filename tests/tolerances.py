@@ -60,8 +60,8 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
         "graph.exact": Tolerance(relative=0.0, reason="a pass moves or renames work; no sum changes its order"),
         "graph.stacked": Tolerance(
             relative=3e-5,
-            reason="stacked linears are one product of another shape, which sums in the order that a host's BLAS picks: "
-            "8e-6 was seen on one processor where another gave every bit",
+            reason="stacked linears are one product of another shape, which may sum in another order: over 200 seeds up "
+            "to 5e-6 in a graph of two products, and 8e-6 was seen once",
         ),
         "ort.logits": Tolerance(
             relative=2e-5,

@@ -33,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from autotune.draw import Draw
-from autotune.gpu import Gpu
-from autotune.kernel import Case, Config, Cost, Kernel, Space, Tensors
+from autotune.gpu import GPUS, Gpu, present
+from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -150,9 +150,16 @@ def _combine(
 
 
 def decode(
-    q_B1ND: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, position_B: Tensor, *, scale: float, config: Config
+    kernel: DecodeAttention,
+    q_B1ND: Tensor,
+    k_BGLD: Tensor,
+    v_BGLD: Tensor,
+    position_B: Tensor,
+    *,
+    scale: float,
+    config: Config | None,
 ) -> Tensor:
-    """Allocates the workspaces, checks, launches.
+    """Checks, allocates the workspaces, launches; without a configuration by the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit.
@@ -161,7 +168,7 @@ def decode(
         raise UsageError(
             f"q must be [B, 1, N, D] and the caches [B, G, slots, D], but they are {tuple(q_B1ND.shape)} and {tuple(k_BGLD.shape)}"
         )
-    batch, kv_heads, _, head_dim = k_BGLD.shape
+    batch, kv_heads, slots, head_dim = k_BGLD.shape
     heads = q_B1ND.shape[2]
     if heads % kv_heads or heads // kv_heads > PRODUCT_ROWS or head_dim not in HEAD_DIMS:
         raise UsageError(
@@ -172,6 +179,9 @@ def decode(
     for name, (tensor, shape) in expected.items():
         check_tensor(name, tensor, shape=shape, dtypes=(torch.bfloat16,), device=q_B1ND.device)
     check_tensor("position", position_B, shape=(batch,), dtypes=(torch.int32,), device=q_B1ND.device)
+    if config is None:
+        gpu = present(q_B1ND.device.index or 0) if q_B1ND.is_cuda else GPUS["h100"]
+        config = kernel.heuristic(batch, kv_heads, slots, gpu)
     written = _outputs(batch, heads, kv_heads, head_dim, config, q_B1ND.device)
     tensors = {"q": q_B1ND, "k_cache": k_BGLD, "v_cache": v_BGLD, "position": position_B} | written
     _launch(config, tensors, scale).run()
@@ -226,27 +236,32 @@ def _launch(config: Config, tensors: Tensors, scale: float) -> Launch:
     )
 
 
-def scale_dim(model: ModelShapes) -> int:
-    """What the scores of a model are divided by the root of: 256, but hidden / heads where head_dim is 128 (27B)."""
-    return model.hidden // model.heads if model.head_dim == 128 else 256
-
-
-def default_config(batch: int, kv_heads: int, slots: int, *, programs: int, counts: tuple[int, ...]) -> Config:
-    """At most ``programs`` programs, as one of ``counts`` allows (1 among them), and blocks of 32 keys: 75 KB of shared
-    memory at head_dim 256, which every GPU has.
-    """
-    most = max(1, min(programs // (batch * kv_heads), triton.cdiv(slots, 32)))
-    splits = max(count for count in counts if count <= most)
-    return Config(constants={"SPLITS": splits, "BLOCK_K": 32}, num_warps=4, num_stages=3)
-
-
 class DecodeAttention(Kernel):
     """Dims: ``batch``, ``heads``, ``kv_heads``, ``head_dim``, ``slots`` of the cache, ``keys`` seen by every sequence,
     ``scale_dim``: scores are divided by its root.
     """
 
+    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16",)
+    stages: ClassVar[tuple[Stage, ...]] = ("decode",)
     SPLITS: ClassVar[tuple[int, ...]]
-    """Numbers of splits worth a try."""
+    """Numbers of splits worth a try, 1 among them."""
+    PROGRAMS: ClassVar[int]
+    """How many programs for each multiprocessor the heuristic starts."""
+
+    def use(self, name: str, model: ModelShapes, count: int, *, batch: int, slots: int, keys: int) -> tuple[Use, ...]:
+        """The one case of a step."""
+        dims = {"batch": batch, "heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
+        dims |= {"slots": slots, "keys": keys, "scale_dim": model.query_pre_attn_scalar}
+        return (Use(name=name, case=Case(dtype="bfloat16", dims=dims), count=count),)
+
+    def heuristic(self, batch: int, kv_heads: int, slots: int, gpu: Gpu) -> Config:
+        """Blocks of 32 keys take 75 KB of shared memory at head_dim 256, which every GPU has."""
+        most = max(1, min(self.PROGRAMS * gpu.multiprocessors // (batch * kv_heads), triton.cdiv(slots, 32)))
+        splits = max(count for count in self.SPLITS if count <= most)
+        return Config(constants={"SPLITS": splits, "BLOCK_K": 32}, num_warps=4, num_stages=3)
+
+    def default(self, case: Case, gpu: Gpu) -> Config:
+        return self.heuristic(case.dims["batch"], case.dims["kv_heads"], case.dims["slots"], gpu)
 
     def bucket(self, case: Case) -> str:
         dims = case.dims

@@ -17,9 +17,8 @@ from typing import ClassVar
 import triton
 from torch import Tensor
 
-from autotune.gpu import GPUS, Gpu
-from autotune.kernel import Case, Config, Stage, Use
-from autotune.kernels.decode_attention import DecodeAttention, decode, default_config, scale_dim
+from autotune.kernel import Config, Stage, Use
+from autotune.kernels.decode_attention import DecodeAttention, decode
 from autotune.model_shapes import ModelShapes
 
 SLOTS_MULTIPLE = 256
@@ -48,38 +47,20 @@ def global_decode(
     Raises:
         UsageError: a shape, dtype or device that does not fit.
     """
-    batch, kv_heads, slots = k_cache_BGCD.shape[:3]
-    chosen = config or _default(batch, kv_heads, slots, GPUS["h100"])
-    return decode(q_B1ND, k_cache_BGCD, v_cache_BGCD, position_B, scale=scale, config=chosen)
-
-
-def _default(batch: int, kv_heads: int, slots: int, gpu: Gpu) -> Config:
-    return default_config(batch, kv_heads, slots, programs=2 * gpu.multiprocessors, counts=GlobalDecode.SPLITS)
+    return decode(GlobalDecode(), q_B1ND, k_cache_BGCD, v_cache_BGCD, position_B, scale=scale, config=config)
 
 
 class GlobalDecode(DecodeAttention):
     """``slots`` is C; dims as :class:`autotune.kernels.decode_attention.DecodeAttention` has them."""
 
     name: ClassVar[str] = "global_decode"
-    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16",)
-    stages: ClassVar[tuple[Stage, ...]] = ("decode",)
     source: ClassVar[tuple[str, ...]] = ("autotune.kernels.global_decode", "autotune.kernels.decode_attention")
+    PROGRAMS: ClassVar[int] = 2
     SPLITS: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 13, 16, 27, 33, 37, 48, 66, 132, 264)
     """Besides powers of two, what 108, 132 and 148 multiprocessors divided by 1, 4 or 8 heads give, once or twice."""
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
         if stage != "decode":
             return ()
-        dims = {
-            "batch": batch,
-            "heads": model.heads,
-            "kv_heads": model.kv_heads,
-            "head_dim": model.head_dim,
-            "slots": triton.cdiv(context + 1, SLOTS_MULTIPLE) * SLOTS_MULTIPLE,
-            "keys": context + 1,
-            "scale_dim": scale_dim(model),
-        }
-        return (Use(name="global attention", case=Case(dtype="bfloat16", dims=dims), count=model.global_layers),)
-
-    def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["batch"], case.dims["kv_heads"], case.dims["slots"], gpu)
+        slots = triton.cdiv(context + 1, SLOTS_MULTIPLE) * SLOTS_MULTIPLE
+        return self.use("global attention", model, model.global_layers, batch=batch, slots=slots, keys=context + 1)

@@ -25,16 +25,14 @@ from autotune.kernels.global_attention import attend
 from autotune.kernels.prefill_attention import (
     LOWEST,
     attend_rows,
-    check_prefill,
     ends_of,
     load_queries,
     prefill_launch,
     store_rows,
     tile_of,
-    visible_ends_BS,
     without_padding,
 )
-from autotune.kernels.prefill_space import GARBAGE, PrefillKernel, chunk_tensors, default_config
+from autotune.kernels.prefill_space import PrefillKernel, chunk_tensors, spoil_unwritten
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from runtimes.errors import UsageError
@@ -107,19 +105,13 @@ def global_prefill(
     Raises:
         UsageError: a shape, dtype or device that does not fit.
     """
-    tensors = dict(zip(_READS, (q_BSND, k_cache_BGCD, v_cache_BGCD), strict=True))
-    tensors |= {"start": start_B, "length": length_B, "out": torch.empty_like(q_BSND)}
-    if image_ids_BS is not None:
-        tensors["visible_end"] = visible_ends_BS(image_ids_BS)
-    check_prefill(tensors)
+    tensors = dict(zip(_READS, (q_BSND, k_cache_BGCD, v_cache_BGCD), strict=True)) | {
+        "start": start_B,
+        "length": length_B,
+    }
     if k_cache_BGCD.shape[2] < q_BSND.shape[1]:
         raise UsageError(f"a chunk of {q_BSND.shape[1]} tokens cannot be in a cache of {k_cache_BGCD.shape[2]} slots")
-    _launch(config or default_config(GlobalPrefill(), tensors), tensors, scale).run()
-    return tensors["out"]
-
-
-def _launch(config: Config, tensors: Tensors, scale: float) -> Launch:
-    return prefill_launch(_global_prefill_kernel, _READS, config, tensors, window=0, scale=scale)
+    return GlobalPrefill().attend(tensors, image_ids_BS, scale, config)
 
 
 class GlobalPrefill(PrefillKernel):
@@ -142,24 +134,14 @@ class GlobalPrefill(PrefillKernel):
         dims |= {"kv_heads": model.kv_heads, "head_dim": model.head_dim, "images": 0, "ragged": 0}
         return (Use(name="global attention", case=Case(dtype="bfloat16", dims=dims), count=model.global_layers),)
 
-    def bucket(self, case: Case) -> str:
-        d = case.dims
-        chunk = min(triton.next_power_of_2(d["batch"] * d["chunk"]), 8192)
-        images = "images" if d["images"] else "text"
-        return f"{case.dtype} tokens<={chunk} heads={d['heads']}/{d['kv_heads']} head_dim={d['head_dim']} {images}"
-
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         tensors = chunk_tensors(case, slots=case.dims["slots"], device=device, seed=seed)
         del tensors["k"], tensors["v"]  # they are in the cache
-        if str(device) != "meta":
-            slot_C = torch.arange(case.dims["slots"], device=device)
-            unwritten_BC = slot_C[None, :] >= (tensors["start"] + tensors["length"])[:, None]
-            for name in ("k_cache", "v_cache"):
-                tensors[name].masked_fill_(unwritten_BC[:, None, :, None], GARBAGE)
+        spoil_unwritten(tensors, tensors["start"] + tensors["length"])
         return tensors
 
-    def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
-        return (_launch(config, tensors, case.dims["head_dim"] ** -0.5),)
+    def launch(self, config: Config, tensors: Tensors, scale: float) -> Launch:
+        return prefill_launch(_global_prefill_kernel, _READS, config, tensors, window=0, scale=scale)
 
     def oracle(self, case: Case, inputs: Tensors) -> Tensors:
         return {"out": global_prefill_oracle(inputs, case.dims["head_dim"] ** -0.5)}

@@ -13,7 +13,7 @@ Source: Layer Normalization (arXiv 1607.06450); transformers' ``SiglipEncoderLay
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import triton
@@ -21,14 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from autotune.draw import Draw
-from autotune.gpu import Gpu
-from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
+from autotune.kernel import Case, Config, Cost, Stage, Tensors, Use
+from autotune.kernels.norm_rows import FLOATS, RowNorm, norm_config, norm_launch
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
 
 EPS = 1e-6
-_FLOATS = (torch.float32, torch.bfloat16)
 
 
 def layer_norm_oracle(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float = EPS) -> Tensor:
@@ -79,7 +78,7 @@ def layer_norm(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, *, config: Config
     """
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, weight_H, bias_H, y_TH)
-    _launch(config or _default(*x_TH.shape), x_TH, weight_H, bias_H, y_TH).run()
+    _launch(config or norm_config(x_TH.shape[1]), x_TH, weight_H, bias_H, y_TH).run()
     return y_TH
 
 
@@ -89,51 +88,34 @@ def add_layer_norm_(
     """The residual form: adds ``x_TH`` to ``h_TH`` in place and returns the norm of the sum; arguments as above."""
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, weight_H, bias_H, y_TH, h_TH)
-    _launch(config or _default(*x_TH.shape), x_TH, weight_H, bias_H, y_TH, h_TH).run()
+    _launch(config or norm_config(x_TH.shape[1]), x_TH, weight_H, bias_H, y_TH, h_TH).run()
     return y_TH
 
 
 def _check(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, y_TH: Tensor, h_TH: Tensor | None = None) -> None:
     rows, hidden = x_TH.shape
     for name, tensor in (("x", x_TH), ("y", y_TH)):
-        check_tensor(name, tensor, shape=(rows, hidden), dtypes=_FLOATS, device=x_TH.device)
+        check_tensor(name, tensor, shape=(rows, hidden), dtypes=FLOATS, device=x_TH.device)
     if h_TH is not None:
         check_tensor("h", h_TH, shape=(rows, hidden), dtypes=(x_TH.dtype,), device=x_TH.device)
     for name, tensor in (("weight", weight_H), ("bias", bias_H)):
-        check_tensor(name, tensor, shape=(hidden,), dtypes=_FLOATS, device=x_TH.device)
+        check_tensor(name, tensor, shape=(hidden,), dtypes=FLOATS, device=x_TH.device)
 
 
 def _launch(
     config: Config, x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, y_TH: Tensor, h_TH: Tensor | None = None
 ) -> Launch:
-    rows, hidden = x_TH.shape
-    constants: dict[str, Any] = dict(config.constants) | {
-        "RESIDUAL": h_TH is not None,
-        "BLOCK_H": triton.next_power_of_2(hidden),
-    }
-    arguments: dict[str, Any] = {"x_ptr": x_TH, "weight_ptr": weight_H, "bias_ptr": bias_H, "y_ptr": y_TH}
-    (constants if h_TH is None else arguments)["h_ptr"] = h_TH
-    return Launch(
-        function=_layer_norm_kernel,
-        grid=(triton.cdiv(rows, config.constants["BLOCK_ROWS"]), 1, 1),
-        arguments=arguments | {"rows": rows, "hidden": hidden, "eps": EPS},
-        constants=constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    tensors = {"x": x_TH, "weight": weight_H, "bias": bias_H, "y": y_TH, "h": h_TH}
+    return norm_launch(_layer_norm_kernel, config, tensors, EPS)
 
 
-def _default(rows: int, hidden: int) -> Config:
-    return Config(constants={"BLOCK_ROWS": 1}, num_warps=8 if hidden > 2048 else 4, num_stages=1)
-
-
-class LayerNorm(Kernel):
+class LayerNorm(RowNorm):
     """The residual form at ``residual`` 1, the plain one at 0."""
 
     name: ClassVar[str] = "layer_norm"
-    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float32")
     stages: ClassVar[tuple[Stage, ...]] = ("vision",)
     source: ClassVar[tuple[str, ...]] = ("autotune.kernels.layer_norm",)
+    MOST_ROWS: ClassVar[int] = 4096
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
         if stage != "vision" or model.vision is None:
@@ -147,22 +129,6 @@ class LayerNorm(Kernel):
             Use(name="residual and norm", case=others, count=2 * model.vision.layers),
         )
 
-    def bucket(self, case: Case) -> str:
-        rows = triton.next_power_of_2(case.dims["rows"])
-        return f"{case.dtype} rows<={min(rows, 4096)} hidden={case.dims['hidden']} residual={case.dims['residual']}"
-
-    def space(self, case: Case) -> Space:
-        return Space(constants={"BLOCK_ROWS": (1, 2, 4, 8)}, num_warps=(1, 2, 4, 8, 16), num_stages=(1,))
-
-    def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
-        row = config.constants["BLOCK_ROWS"] * triton.next_power_of_2(case.dims["hidden"])
-        if row // (32 * config.num_warps) > 128:
-            return f"{row} values in {config.num_warps} warps take more than 128 registers a thread"
-        return None
-
-    def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["rows"], case.dims["hidden"])
-
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         draw, dtype = Draw(device, seed), getattr(torch, case.dtype)
         rows, hidden = case.dims["rows"], case.dims["hidden"]
@@ -172,10 +138,6 @@ class LayerNorm(Kernel):
             "bias": draw.normal(hidden, dtype=dtype),
         }
         return tensors | ({"h": draw.normal(rows, hidden, dtype=dtype)} if case.dims["residual"] else {})
-
-    def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
-        shape = (case.dims["rows"], case.dims["hidden"])
-        return {"y": torch.empty(shape, dtype=getattr(torch, case.dtype), device=device)}
 
     def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
         t = tensors

@@ -37,7 +37,7 @@ from autotune.kernels.matmul_space import (
     refusal_of,
     space_of,
 )
-from autotune.kernels.product_inputs import drawn_inputs
+from autotune.kernels.product_case import drawn_inputs, product_bucket
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -274,11 +274,7 @@ class Matmul(Kernel):
         )
 
     def bucket(self, case: Case) -> str:
-        dims = dict(case.dims)
-        rows = min(triton.next_power_of_2(dims.pop("rows")), 8192)
-        return " ".join(
-            [case.dtype, f"rows<={rows}", *(f"{name}={value}" for name, value in sorted(dims.items()) if value)]
-        )
+        return product_bucket(case, 8192)
 
     def space(self, case: Case) -> Space:
         return space_of(product_of(case))

@@ -44,7 +44,7 @@ from autotune.kernels.matvec_space import (
     row_of,
     space_of,
 )
-from autotune.kernels.product_inputs import drawn_inputs
+from autotune.kernels.product_case import drawn_inputs, product_bucket
 from autotune.kernels.rms_norm import EPS, rms_norm_oracle
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
@@ -226,11 +226,7 @@ class Matvec(Kernel):
         )
 
     def bucket(self, case: Case) -> str:
-        dims = dict(case.dims)
-        rows = 1 << (dims.pop("rows") - 1).bit_length()
-        return " ".join(
-            [case.dtype, f"rows<={rows}", *(f"{name}={value}" for name, value in sorted(dims.items()) if value)]
-        )
+        return product_bucket(case, MOST_ROWS)
 
     def space(self, case: Case) -> Space:
         return space_of(row_of(case))

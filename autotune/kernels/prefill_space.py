@@ -5,7 +5,7 @@ Legend: B batch, S tokens in the chunk, N query heads, G key-value heads, D head
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,8 @@ from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Kernel, Space, Stage, Tensors
 from autotune.kernels import prefill_hopper
-from autotune.kernels.prefill_attention import visible_ends_BS
+from autotune.kernels.prefill_attention import check_prefill, visible_ends_BS
+from autotune.launch import Launch
 
 GARBAGE = 300.0
 """What inputs hold where nothing was written: it spoils every sum that it enters."""
@@ -35,6 +36,41 @@ class PrefillKernel(Kernel):
 
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16",)
     stages: ClassVar[tuple[Stage, ...]] = ("prefill",)
+
+    @abstractmethod
+    def launch(self, config: Config, tensors: Tensors, scale: float) -> Launch:
+        """The one launch over checked tensors."""
+
+    def attend(self, tensors: Tensors, image_ids_BS: Tensor | None, scale: float, config: Config | None) -> Tensor:
+        """Checks and launches; ``tensors`` are all that is read but the images. Without a configuration by the heuristic.
+
+        Raises:
+            UsageError: a shape, dtype or device that does not fit.
+        """
+        tensors |= {"out": torch.empty_like(tensors["q"])}
+        if image_ids_BS is not None:
+            tensors["visible_end"] = visible_ends_BS(image_ids_BS)
+        check_prefill(tensors)
+        self.launch(config or self._heuristic(tensors), tensors, scale).run()
+        return tensors["out"]
+
+    def _heuristic(self, tensors: Tensors) -> Config:
+        """For the GPU that the tensors are on, or for an H100 in the interpreter."""
+        q = tensors["q"]
+        dims = {"heads": q.shape[2], "kv_heads": tensors["k_cache"].shape[1], "head_dim": q.shape[3]}
+        gpu = present(q.device.index or 0) if q.is_cuda else GPUS["h100"]
+        return self.default(Case(dtype="bfloat16", dims=dims), gpu)
+
+    def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
+        return (self.launch(config, tensors, case.dims["head_dim"] ** -0.5),)
+
+    def bucket(self, case: Case) -> str:
+        d = case.dims
+        chunk = min(triton.next_power_of_2(d["batch"] * d["chunk"]), 8192)
+        window = f" window={d['window']}" if "window" in d else ""
+        images = "images" if d["images"] else "text"
+        heads = f"heads={d['heads']}/{d['kv_heads']} head_dim={d['head_dim']}"
+        return f"{case.dtype} tokens<={chunk} {heads}{window} {images}"
 
     def space(self, case: Case) -> Space:
         return Space(
@@ -135,12 +171,12 @@ def _plain_refusal(head_dim: int, config: Config, gpu: Gpu) -> str | None:
     return None
 
 
-def default_config(kernel: PrefillKernel, tensors: Mapping[str, Tensor]) -> Config:
-    """The heuristic for the GPU that the tensors are on, or for an H100 in the interpreter."""
-    _, _, heads, head_dim = tensors["q"].shape
-    dims = {"heads": heads, "kv_heads": tensors["k_cache"].shape[1], "head_dim": head_dim}
-    gpu = present(tensors["q"].device.index or 0) if tensors["q"].is_cuda else GPUS["h100"]
-    return kernel.default(Case(dtype="bfloat16", dims=dims), gpu)
+def spoil_unwritten(tensors: Tensors, end_B: Tensor) -> None:
+    """Fills the slots of both caches from ``end_B`` on with garbage; nothing on the meta device."""
+    slot_C = torch.arange(tensors["k_cache"].shape[2], device=end_B.device)
+    unwritten_BC = slot_C[None, :] >= end_B[:, None]
+    for name in ("k_cache", "v_cache"):
+        tensors[name].masked_fill_(unwritten_BC[:, None, :, None], GARBAGE)
 
 
 def chunk_tensors(case: Case, *, slots: int, device: torch.device | str, seed: int) -> Tensors:

@@ -13,7 +13,7 @@ Source: RMSNorm (arXiv 1910.07467); Gemma 3 report (arXiv 2503.19786), section 2
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import triton
@@ -21,14 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from autotune.draw import Draw
-from autotune.gpu import Gpu
-from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
+from autotune.kernel import Case, Config, Cost, Stage, Tensors, Use
+from autotune.kernels.norm_rows import FLOATS, RowNorm, norm_config, norm_launch
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
 
 EPS = 1e-6
-_FLOATS = (torch.float32, torch.bfloat16)
 
 
 def rms_norm_oracle(x_TH: Tensor, scale_H: Tensor, eps: float = EPS) -> Tensor:
@@ -80,7 +79,7 @@ def rms_norm(x_TH: Tensor, scale_H: Tensor, *, config: Config | None = None) -> 
     """
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, scale_H, y_TH)
-    _launch(config or _default(*x_TH.shape), x_TH, scale_H, y_TH).run()
+    _launch(config or norm_config(x_TH.shape[1]), x_TH, scale_H, y_TH).run()
     return y_TH
 
 
@@ -90,7 +89,7 @@ def add_rms_norm_(
     """The residual form: adds to ``h_TH`` in place and returns the norm of the sum; arguments as above."""
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, scale_H, y_TH, h_TH, next_scale_H)
-    _launch(config or _default(*x_TH.shape), x_TH, scale_H, y_TH, h_TH, next_scale_H).run()
+    _launch(config or norm_config(x_TH.shape[1]), x_TH, scale_H, y_TH, h_TH, next_scale_H).run()
     return y_TH
 
 
@@ -100,7 +99,7 @@ def _check(
     rows, hidden = x_TH.shape
     for name, tensor in (("x", x_TH), ("y", y_TH), ("h", h_TH)):
         if tensor is not None:
-            check_tensor(name, tensor, shape=(rows, hidden), dtypes=_FLOATS, device=x_TH.device)
+            check_tensor(name, tensor, shape=(rows, hidden), dtypes=FLOATS, device=x_TH.device)
     for name, tensor in (("scale", scale_H), ("next_scale", next_scale_H)):
         if tensor is not None:
             check_tensor(name, tensor, shape=(hidden,), dtypes=(torch.float32,), device=x_TH.device)
@@ -114,35 +113,17 @@ def _launch(
     h_TH: Tensor | None = None,
     next_scale_H: Tensor | None = None,
 ) -> Launch:
-    rows, hidden = x_TH.shape
-    constants: dict[str, Any] = dict(config.constants) | {
-        "RESIDUAL": h_TH is not None,
-        "BLOCK_H": triton.next_power_of_2(hidden),
-    }
-    arguments: dict[str, Any] = {"x_ptr": x_TH, "scale_ptr": scale_H, "y_ptr": y_TH}
-    for name, tensor in (("h_ptr", h_TH), ("next_scale_ptr", next_scale_H)):
-        (constants if tensor is None else arguments)[name] = tensor
-    return Launch(
-        function=_rms_norm_kernel,
-        grid=(triton.cdiv(rows, config.constants["BLOCK_ROWS"]), 1, 1),
-        arguments=arguments | {"rows": rows, "hidden": hidden, "eps": EPS},
-        constants=constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    tensors = {"x": x_TH, "scale": scale_H, "y": y_TH, "h": h_TH, "next_scale": next_scale_H}
+    return norm_launch(_rms_norm_kernel, config, tensors, EPS)
 
 
-def _default(rows: int, hidden: int) -> Config:
-    return Config(constants={"BLOCK_ROWS": 1}, num_warps=8 if hidden > 2048 else 4, num_stages=1)
-
-
-class RmsNorm(Kernel):
+class RmsNorm(RowNorm):
     """The residual form at ``residual`` 1, the plain one at 0."""
 
     name: ClassVar[str] = "rms_norm"
-    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "float32")
     stages: ClassVar[tuple[Stage, ...]] = ("prefill", "decode")
     source: ClassVar[tuple[str, ...]] = ("autotune.kernels.rms_norm",)
+    MOST_ROWS: ClassVar[int] = 1024
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
         if stage == "vision":
@@ -151,22 +132,6 @@ class RmsNorm(Kernel):
         case = Case(dtype="bfloat16", dims={"rows": rows, "hidden": model.hidden, "residual": 1})
         return (Use(name="norms and residual", case=case, count=2 * model.layers),)
 
-    def bucket(self, case: Case) -> str:
-        rows = triton.next_power_of_2(case.dims["rows"])
-        return f"{case.dtype} rows<={min(rows, 1024)} hidden={case.dims['hidden']} residual={case.dims['residual']}"
-
-    def space(self, case: Case) -> Space:
-        return Space(constants={"BLOCK_ROWS": (1, 2, 4)}, num_warps=(1, 2, 4, 8, 16), num_stages=(1,))
-
-    def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
-        row = config.constants["BLOCK_ROWS"] * triton.next_power_of_2(case.dims["hidden"])
-        if row // (32 * config.num_warps) > 128:
-            return f"{row} values in {config.num_warps} warps take more than 128 registers a thread"
-        return None
-
-    def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["rows"], case.dims["hidden"])
-
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         draw, dtype = Draw(device, seed), getattr(torch, case.dtype)
         shape = (case.dims["rows"], case.dims["hidden"])
@@ -174,10 +139,6 @@ class RmsNorm(Kernel):
         if case.dims["residual"]:
             tensors |= {"h": draw.normal(*shape, dtype=dtype, deviation=3), "next_scale": draw.scale(shape[1])}
         return tensors
-
-    def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
-        shape = (case.dims["rows"], case.dims["hidden"])
-        return {"y": torch.empty(shape, dtype=getattr(torch, case.dtype), device=device)}
 
     def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
         t = tensors

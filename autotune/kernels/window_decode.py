@@ -15,9 +15,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from autotune.gpu import GPUS, Gpu
-from autotune.kernel import Case, Config, Stage, Use
-from autotune.kernels.decode_attention import DecodeAttention, decode, default_config, scale_dim
+from autotune.kernel import Config, Stage, Use
+from autotune.kernels.decode_attention import DecodeAttention, decode
 from autotune.model_shapes import ModelShapes
 
 
@@ -43,37 +42,21 @@ def window_decode(
     Raises:
         UsageError: a shape, dtype or device that does not fit.
     """
-    batch, kv_heads, slots = k_cache_BGWD.shape[:3]
-    chosen = config or _default(batch, kv_heads, slots, GPUS["h100"])
-    return decode(q_B1ND, k_cache_BGWD, v_cache_BGWD, position_B, scale=scale, config=chosen)
-
-
-def _default(batch: int, kv_heads: int, window: int, gpu: Gpu) -> Config:
-    return default_config(batch, kv_heads, window, programs=gpu.multiprocessors, counts=WindowDecode.SPLITS)
+    return decode(WindowDecode(), q_B1ND, k_cache_BGWD, v_cache_BGWD, position_B, scale=scale, config=config)
 
 
 class WindowDecode(DecodeAttention):
     """``slots`` is W; dims as :class:`autotune.kernels.decode_attention.DecodeAttention` has them."""
 
     name: ClassVar[str] = "window_decode"
-    dtypes: ClassVar[tuple[str, ...]] = ("bfloat16",)
-    stages: ClassVar[tuple[Stage, ...]] = ("decode",)
     source: ClassVar[tuple[str, ...]] = ("autotune.kernels.window_decode", "autotune.kernels.decode_attention")
+    PROGRAMS: ClassVar[int] = 1
     SPLITS: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64)
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
         if stage != "decode":
             return ()
-        dims = {
-            "batch": batch,
-            "heads": model.heads,
-            "kv_heads": model.kv_heads,
-            "head_dim": model.head_dim,
-            "slots": model.window,
-            "keys": min(context + 1, model.window),
-            "scale_dim": scale_dim(model),
-        }
-        return (Use(name="local attention", case=Case(dtype="bfloat16", dims=dims), count=model.local_layers),)
-
-    def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["batch"], case.dims["kv_heads"], case.dims["slots"], gpu)
+        slots = model.window
+        return self.use(
+            "local attention", model, model.local_layers, batch=batch, slots=slots, keys=min(context + 1, model.window)
+        )

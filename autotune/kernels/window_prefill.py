@@ -26,17 +26,15 @@ from autotune.kernels.prefill_attention import (
     LOWEST,
     attend_block,
     attend_rows,
-    check_prefill,
     ends_of,
     load_queries,
     load_rows,
     prefill_launch,
     store_rows,
     tile_of,
-    visible_ends_BS,
     without_padding,
 )
-from autotune.kernels.prefill_space import GARBAGE, PrefillKernel, chunk_tensors, default_config
+from autotune.kernels.prefill_space import PrefillKernel, chunk_tensors, spoil_unwritten
 from autotune.kernels.sliding_window_attention import sliding_window_attention
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
@@ -160,18 +158,11 @@ def window_prefill(
     Raises:
         UsageError: a shape, dtype or device that does not fit.
     """
-    tensors = dict(zip(_READS, (q_BSND, k_BSGD, v_BSGD, k_cache_BGWD, v_cache_BGWD), strict=True))
-    tensors |= {"start": start_B, "length": length_B, "out": torch.empty_like(q_BSND)}
-    if image_ids_BS is not None:
-        tensors["visible_end"] = visible_ends_BS(image_ids_BS)
-    check_prefill(tensors)
-    _launch(config or default_config(WindowPrefill(), tensors), tensors, scale).run()
-    return tensors["out"]
-
-
-def _launch(config: Config, tensors: Tensors, scale: float) -> Launch:
-    window = tensors["k_cache"].shape[2]
-    return prefill_launch(_window_prefill_kernel, _READS, config, tensors, window=window, scale=scale)
+    tensors = dict(zip(_READS, (q_BSND, k_BSGD, v_BSGD, k_cache_BGWD, v_cache_BGWD), strict=True)) | {
+        "start": start_B,
+        "length": length_B,
+    }
+    return WindowPrefill().attend(tensors, image_ids_BS, scale, config)
 
 
 class WindowPrefill(PrefillKernel):
@@ -194,27 +185,14 @@ class WindowPrefill(PrefillKernel):
         dims |= {"head_dim": model.head_dim, "window": model.window, "images": 0, "ragged": 0}
         return (Use(name="local attention", case=Case(dtype="bfloat16", dims=dims), count=model.local_layers),)
 
-    def bucket(self, case: Case) -> str:
-        d = case.dims
-        chunk = min(triton.next_power_of_2(d["batch"] * d["chunk"]), 8192)
-        images = "images" if d["images"] else "text"
-        return (
-            f"{case.dtype} tokens<={chunk} heads={d['heads']}/{d['kv_heads']} head_dim={d['head_dim']} "
-            f"window={d['window']} {images}"
-        )
-
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
-        d = case.dims
-        tensors = chunk_tensors(case, slots=d["window"], device=device, seed=seed)
-        if str(device) != "meta":
-            slot_W = torch.arange(d["window"], device=device)
-            unwritten_BW = slot_W[None, :] >= tensors["start"][:, None]
-            for name in ("k_cache", "v_cache"):
-                tensors[name].masked_fill_(unwritten_BW[:, None, :, None], GARBAGE)
+        tensors = chunk_tensors(case, slots=case.dims["window"], device=device, seed=seed)
+        spoil_unwritten(tensors, tensors["start"])
         return tensors
 
-    def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
-        return (_launch(config, tensors, case.dims["head_dim"] ** -0.5),)
+    def launch(self, config: Config, tensors: Tensors, scale: float) -> Launch:
+        window = tensors["k_cache"].shape[2]
+        return prefill_launch(_window_prefill_kernel, _READS, config, tensors, window=window, scale=scale)
 
     def oracle(self, case: Case, inputs: Tensors) -> Tensors:
         return {"out": window_prefill_oracle(inputs, case.dims["head_dim"] ** -0.5)}

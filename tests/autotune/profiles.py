@@ -23,6 +23,7 @@ MODEL = ModelShapes(
     heads=16,
     kv_heads=8,
     head_dim=256,
+    query_pre_attn_scalar=256,
     vocab=262208,
     window=1024,
     local_layers=40,

@@ -204,7 +204,9 @@ def test_a_compiler_that_dies_is_told_and_replaced(monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(tmp_path)
     deadly = Request(module="deadly_kernel", function="f", arguments={}, constants={}, options={}, architecture=90)
     with CompilerPool(workers=1, cache_folder=tmp_path / "cache") as small:
-        with pytest.raises(CompileError, match=r"compiler died on deadly_kernel\.f.*: LLVM ERROR: out of ideas"):
+        with pytest.raises(
+            CompileError, match=r"compiler died on deadly_kernel\.f.*: SIGABRT, LLVM ERROR: out of ideas"
+        ):
             small._compile(deadly)
         assert_elf(small._compile(request_of(launch(), 80)))
 

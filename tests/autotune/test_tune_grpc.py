@@ -17,8 +17,6 @@ from autotune.storage import open_storage
 from runtimes.errors import HostError
 from tests.autotune.tiny import H100, problem
 
-pytest.importorskip("grpc", reason="grpcio is not installed: pip install grpcio")
-
 SERVE = """
 import sys
 from optuna.storages import run_grpc_proxy_server

@@ -13,6 +13,7 @@ def test_the_sizes_of_12b() -> None:
     assert (shapes.name, shapes.hidden, shapes.ffn, shapes.vocab) == ("12b", 3840, 15360, 262_208)
     assert (shapes.heads, shapes.kv_heads, shapes.head_dim, shapes.window) == (16, 8, 256, 1024)
     assert (shapes.local_layers, shapes.global_layers) == (40, 8)
+    assert (shapes.query_pre_attn_scalar, model_shapes(preset("27b")).query_pre_attn_scalar) == (256, 168)
     assert shapes.vision is not None
     assert (shapes.vision.head_dim, shapes.vision.patches, shapes.vision.tokens) == (72, 4096, 256)
 

@@ -70,7 +70,7 @@ def test_reads_what_the_weights_file_holds(bits: int) -> None:
     drawn = np.random.default_rng(0)
     codes = drawn.integers(0, 1 << bits, (rows, depth), dtype=np.uint8)
     zeros = drawn.integers(0, 1 << bits, (rows, blocks), dtype=np.uint8)
-    scales = torch.rand(rows, blocks)
+    scales = torch.rand(rows, blocks, generator=torch.Generator().manual_seed(1))
     form = BlockFormat(bits=4 if bits == 4 else 8, block_size=32, zero_points="integer")
     each = np.repeat(zeros, 32, axis=1)[:, :depth]
     w = (torch.from_numpy(codes).int() - torch.from_numpy(each).int()) * scales.repeat_interleave(32, 1)[:, :depth]

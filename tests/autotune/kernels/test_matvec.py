@@ -145,8 +145,8 @@ def test_the_launchers_say_what_does_not_fit() -> None:
 
 def test_a_decode_step_is_all_there() -> None:
     model = ModelShapes(
-        name="4b", hidden=2560, ffn=10240, heads=8, kv_heads=4, head_dim=256, vocab=262208, window=1024,
-        local_layers=29, global_layers=5, vision=None,
+        name="4b", hidden=2560, ffn=10240, heads=8, kv_heads=4, head_dim=256,
+        query_pre_attn_scalar=256, vocab=262208, window=1024, local_layers=29, global_layers=5, vision=None,
     )  # fmt: skip
     uses = KERNEL.uses(model, "decode", batch=1, context=1000, dtype="bfloat16")
     weights = sum(use.count * row_of(use.case).weight_rows * use.case.dims["depth"] for use in uses)

@@ -15,10 +15,10 @@ KERNEL = WindowDecode()
 WINDOW = 12
 
 
-def shapes(*, heads: int, kv_heads: int, head_dim: int, window: int) -> ModelShapes:
+def shapes(*, heads: int, kv_heads: int, head_dim: int, window: int, scalar: int = 256) -> ModelShapes:
     return ModelShapes(
-        name="model", hidden=5376, ffn=1, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=1, window=window,
-        local_layers=29, global_layers=5, vision=None,
+        name="model", hidden=5376, ffn=1, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        query_pre_attn_scalar=scalar, vocab=1, window=window, local_layers=29, global_layers=5, vision=None,
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_a_ring_that_wraps_is_read_as_its_window() -> None:
 
 
 def test_what_a_model_runs() -> None:
-    model = shapes(heads=32, kv_heads=16, head_dim=128, window=1024)
+    model = shapes(heads=32, kv_heads=16, head_dim=128, window=1024, scalar=168)
     (use,) = KERNEL.uses(model, "decode", batch=2, context=8192, dtype="bfloat16")
     assert use.count == 29
     assert use.case.dims == {

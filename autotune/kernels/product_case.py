@@ -1,13 +1,21 @@
-"""Random inputs of a product, as :mod:`autotune.kernels.matmul` and :mod:`autotune.kernels.matvec` name them."""
+"""What cases of :mod:`autotune.kernels.matmul` and :mod:`autotune.kernels.matvec` share: their buckets and random inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+import triton
 
 from autotune.draw import Draw
-from autotune.kernel import Tensors
+from autotune.kernel import Case, Tensors
+
+
+def product_bucket(case: Case, most_rows: int) -> str:
+    """Rows up to a power of two, ``most_rows`` at most, and every other dim that is not 0."""
+    rows = min(triton.next_power_of_2(case.dims["rows"]), most_rows)
+    others = [f"{name}={value}" for name, value in sorted(case.dims.items()) if value and name != "rows"]
+    return " ".join([case.dtype, f"rows<={rows}", *others])
 
 
 def drawn_inputs(
