@@ -12,8 +12,6 @@ An error or an interrupt anywhere in it leaves nothing behind.
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,6 +36,7 @@ from graphs.weights_file import WeightsFile, WeightsLayout
 from runtimes.bundle_writer import BundleWriter, source_date
 from runtimes.errors import UsageError
 from runtimes.manifest import CacheFacts, Manifest, Scalar, TokenizerFacts, WeightFacts
+from runtimes.peak_memory import peak_rss_bytes
 from runtimes.progress import SILENT, Progress
 from runtimes.tokenizer import Tokenizer
 from runtimes.version import __version__
@@ -138,7 +137,7 @@ def plan(request: BuildRequest) -> BuildPlan:
             weights_bytes=weights,
             context=context,
             cache_bytes=cache_bytes(config.text, context),
-            peak_bytes=_peak_rss_bytes() + WRITING_BYTES,
+            peak_bytes=(peak_rss_bytes() or 0) + WRITING_BYTES,
             notes=checkpoint.warnings,
         )
 
@@ -269,8 +268,3 @@ def _settings(config: ModelConfig, options: OrtOptions, *, quantised: bool) -> d
 
 def _write_json(writer: BundleWriter, name: str, data: object) -> None:
     writer.path(name).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def _peak_rss_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

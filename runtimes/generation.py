@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import NumericsError
+from runtimes.peak_memory import peak_rss_bytes
 from runtimes.results import (
     ChosenLogprob,
     FinishReason,
@@ -21,7 +22,6 @@ from runtimes.results import (
     GenerationOptions,
     GenerationStats,
     TokenLogprob,
-    peak_rss_bytes,
 )
 from runtimes.sampling import Sampler, all_finite, largest_ids, log_normaliser
 from runtimes.streaming import TextStream

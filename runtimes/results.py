@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Self, TypedDict
@@ -176,13 +175,3 @@ class Stream:
     def close(self) -> None:
         """Stops writing."""
         self._pieces.close()
-
-
-def peak_rss_bytes() -> int | None:
-    """The most memory that this process ever held, in bytes."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -191,21 +191,21 @@ def test_what_nothing_uses_is_left_out() -> None:
 
 
 WIDE = """
-import resource
 from dataclasses import replace
 from gemma3_compile.presets import preset
 from gemma3_compile.stage_graphs import compile_for_ort
 from graphs.onnx_lowering.context import OrtOptions
 from graphs.weights import WeightsPlan
+from runtimes.peak_memory import peak_rss_bytes
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss_bytes()
 whole = preset("27b")
 text = replace(whole.text, num_layers=2, layer_kinds=("local", "global"))
 vision = replace(whole.vision, num_layers=1)
 stages = compile_for_ort(replace(whole, name="custom", text=text, vision=vision), {}, OrtOptions())
 plan = WeightsPlan.merge(stage.lowered.stored for stage in stages)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(before * 1024, after * 1024, plan.size_bytes)
+after = peak_rss_bytes()
+print(before, after, plan.size_bytes)
 """
 
 
