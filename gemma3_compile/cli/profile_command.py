@@ -14,6 +14,7 @@ import click
 
 from gemma3_compile.cli.bars import Bars
 from gemma3_compile.cli.choices import NearChoice
+from gemma3_compile.cli.reports import require
 from gemma3_compile.presets import PRESETS, preset
 from runtimes.errors import HostError, UsageError
 
@@ -75,7 +76,7 @@ def command(
         if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
             raise UsageError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
 
-    # Only from here on torch and triton are needed.
+    require("tune", "torch", "triton")
     from autotune.profile_json import as_json
     from autotune.profile_page import as_page
     from autotune.profile_trace import as_trace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import MappingProxyType
 
 import click
@@ -66,12 +67,23 @@ def exit_code_of(error: BaseException) -> int:
             return 1
 
 
-def missing_package(package: str) -> HostError:
-    """The error for a package that this command needs and this host lacks."""
+def missing_package(package: str, extra: str | None = None) -> HostError:
+    """The error for a package that this command needs and this host lacks; None for the first extra that brings it."""
     return HostError(
         f"this command needs the package {package}, which is not installed here",
-        hint=f"pip install 'gemma3-compile[{EXTRA_OF_PACKAGE[package]}]'",
+        hint=f"pip install 'gemma3-compile[{extra or EXTRA_OF_PACKAGE[package]}]'",
     )
+
+
+def require(extra: str, *packages: str) -> None:
+    """For a command whose extra brings packages that other extras bring too.
+
+    Raises:
+        HostError: one of the packages is missing; the hint names ``extra``.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing_package(package, extra)
 
 
 def report(message: str, hint: str | None = None) -> None:

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from gemma3_compile.cli.bars import Bars
 from gemma3_compile.cli.choices import NearChoice
+from gemma3_compile.cli.reports import require
 from gemma3_compile.presets import PRESETS, preset
 from runtimes.errors import HostError, UsageError
 
@@ -99,6 +100,7 @@ def command(
     gemma3c tune --size 4b --kernel matvec --dtype int4     one kernel
     gemma3c tune --export records.json                      to take along to another machine
     """
+    require("tune", "torch", "triton", "optuna")
     if export_path is not None or import_path is not None:
         _check_alone(ctx)
         _move(export_path, import_path)

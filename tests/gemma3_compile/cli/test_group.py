@@ -106,6 +106,20 @@ def test_each_error_ends_without_a_traceback(
     assert capsys.readouterr().err.startswith(text)
 
 
+@pytest.mark.parametrize("command", [("tune", "--size", "4b"), ("profile", "--gpu", "h100")])
+def test_a_missing_package_is_told_with_the_extra_of_the_command(
+    command: tuple[str, ...], gemma3c: Gemma3c, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra build brings torch too, but would not do."""
+    monkeypatch.setattr(reports, "find_spec", lambda package: None if package == "torch" else object())
+    result = gemma3c(*command)
+    assert result.code == 1
+    assert result.err == (
+        "error: this command needs the package torch, which is not installed here\n"
+        "hint: pip install 'gemma3-compile[tune]'\n"
+    )
+
+
 def test_debug_shows_the_traceback(gemma3c: Gemma3c, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gemma3c("verify", "/no/such/folder").code == 1
     with pytest.raises(BundleError):
