@@ -20,6 +20,20 @@ if TYPE_CHECKING:  # torch is imported by the fixtures that need it: the runtime
     from tests.twins import Twin
 
 
+HAS_GPU = Path("/dev/nvidiactl").exists()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are skipped, as the interpreter would take hours for them; asked for alone, they fail."""
+    if HAS_GPU:
+        return
+    if config.option.markexpr == "gpu":
+        raise pytest.UsageError("`-m gpu` needs an NVIDIA GPU, and this host shows none")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make test-gpu"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test draws the same numbers in every run. torch is seeded where it is loaded already."""
