@@ -195,15 +195,12 @@ def request_of(launch: Launch, architecture: int, *, varying: Collection[str] = 
             f"{python.__module__}.{python.__qualname__} cannot be compiled in another process",
             hint="define the @triton.jit function at the top of its module",
         )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    if launch.max_registers is not None:
-        options["maxnreg"] = launch.max_registers
     return Request(
         module=python.__module__,
         function=python.__qualname__,
         arguments={name: _facts(value, name in varying) for name, value in launch.arguments.items()},
         constants=dict(launch.constants),
-        options=options,
+        options=launch.options,
         architecture=architecture,
     )
 

@@ -7,6 +7,7 @@ A candidate is a :class:`Config` to kernels and a mapping of parameters to Optun
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from optuna.distributions import CategoricalDistribution
 
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Kernel, Space
+from autotune.kernels.dependent import best_dependent
 from runtimes.errors import UsageError
 
 WARPS, STAGES = "num_warps", "num_stages"
@@ -33,6 +35,14 @@ def config_of(params: Mapping[str, int]) -> Config:
     """The way back from :func:`params_of`."""
     constants = {name: value for name, value in params.items() if name not in (WARPS, STAGES)}
     return Config(constants=constants, num_warps=params[WARPS], num_stages=params[STAGES])
+
+
+def narrowed(space: Space, gpu: Gpu) -> dict[str, tuple[int, ...]]:
+    """The values of all parameters, without those of which only one is right on a GPU: they are nothing to search for."""
+    values = {**space.constants, WARPS: space.num_warps, STAGES: space.num_stages}
+    if (best := best_dependent(gpu)) in values.get("DEPENDENT", ()):
+        values["DEPENDENT"] = (best,)
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +69,16 @@ class Candidates:
         Raises:
             UsageError: nothing is left.
         """
-        space = space or kernel.space(case)
-        values = {**space.constants, WARPS: space.num_warps, STAGES: space.num_stages}
+        values = narrowed(space or kernel.space(case), gpu)
+        names = tuple(values)[:-2]
         fitting: list[Key] = []
         reasons: list[str] = []
-        for key in itertools.product(*values.values()):
-            reason = kernel.refusal(case, config_of(dict(zip(values, key, strict=True))), gpu)
+        for number, key in enumerate(itertools.product(*values.values())):
+            if number % 64 == 0:
+                time.sleep(0)  # a large space takes a second: other threads need not wait for Python's lock
+            *constants, warps, stages = key
+            config = Config(constants=dict(zip(names, constants, strict=True)), num_warps=warps, num_stages=stages)
+            reason = kernel.refusal(case, config, gpu)
             if reason is None:
                 fitting.append(key)
             else:

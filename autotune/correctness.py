@@ -10,6 +10,7 @@ Source: the tests of FlashAttention, which hold a kernel to twice the error of a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,19 +46,82 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What one output has to be: the fp32 oracle's, and how far torch in the same dtype lies from it."""
+
+    exact: Tensor
+    torch_max: float
+    torch_rms: float
+    limit_max: float
+    limit_rms: float
+
+    @classmethod
+    def of(cls, exact: Tensor, plain: Tensor) -> Expectation:
+        wide = exact.double()
+        torch_max, torch_rms = _errors(plain.double() - wide)
+        size_max, size_rms = _errors(wide)
+        return cls(
+            exact=exact,
+            torch_max=torch_max,
+            torch_rms=torch_rms,
+            limit_max=2 * torch_max + ATOL * size_max,
+            limit_rms=2 * torch_rms + ATOL * size_rms,
+        )
+
+    def compare(self, name: str, actual: Tensor) -> Comparison:
+        if actual.shape != self.exact.shape:
+            raise AssertionError(f"{name} has the shape {tuple(actual.shape)}, its oracle {tuple(self.exact.shape)}")
+        kernel_max, kernel_rms = _errors(actual.double() - self.exact.double())
+        return Comparison(
+            name=name,
+            kernel_max=kernel_max,
+            torch_max=self.torch_max,
+            limit_max=self.limit_max,
+            kernel_rms=kernel_rms,
+            torch_rms=self.torch_rms,
+            limit_rms=self.limit_rms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """The inputs of a case and its outputs by both oracles, which every configuration is held against."""
+
+    kernel: Kernel
+    case: Case
+    inputs: Tensors
+    outputs: Mapping[str, Expectation]
+
+    @classmethod
+    def of(cls, kernel: Kernel, case: Case, inputs: Tensors) -> Expected:
+        """Runs the oracles. ``inputs`` stay as they are."""
+        exact = kernel.oracle(case, {name: _widened(tensor) for name, tensor in inputs.items()})
+        plain = kernel.oracle(case, inputs)
+        outputs = {name: Expectation.of(exact[name], plain[name]) for name in exact}
+        return cls(kernel=kernel, case=case, inputs=inputs, outputs=outputs)
+
+    @property
+    def in_place(self) -> frozenset[str]:
+        """The inputs that the kernel writes."""
+        return frozenset(self.outputs.keys() & self.inputs.keys())
+
+    def compare(self, config: Config) -> tuple[Comparison, ...]:
+        """Runs the kernel on copies of the inputs; one comparison for each output, in-place ones included."""
+        copies = {name: tensor.clone() for name, tensor in self.inputs.items()}
+        written = self.kernel.outputs(self.case, config, device=next(iter(self.inputs.values())).device)
+        for name, tensor in written.items():
+            if not name.startswith("_zero"):  # counters that a kernel finds at zero and leaves at zero
+                _poison(tensor)
+        results = copies | written
+        for launch in self.kernel.launches(self.case, config, results):
+            launch.run()
+        return tuple(expected.compare(name, results[name]) for name, expected in self.outputs.items())
+
+
 def compare(kernel: Kernel, case: Case, config: Config, inputs: Tensors) -> tuple[Comparison, ...]:
-    """Runs the kernel on copies of ``inputs`` and both oracles; one comparison for each output, in-place ones included."""
-    copies = {name: tensor.clone() for name, tensor in inputs.items()}
-    written = kernel.outputs(case, config, device=next(iter(inputs.values())).device)
-    for name, tensor in written.items():
-        if not name.startswith("_zero"):  # counters that a kernel finds at zero and leaves at zero
-            _poison(tensor)
-    for launch in kernel.launches(case, config, copies | written):
-        launch.run()
-    exact = kernel.oracle(case, {name: _widened(tensor) for name, tensor in inputs.items()})
-    plain = kernel.oracle(case, inputs)
-    results = copies | written
-    return tuple(_compared(name, results[name], plain[name], exact[name]) for name in exact)
+    """Holds one configuration against the oracles: :meth:`Expected.compare`."""
+    return Expected.of(kernel, case, inputs).compare(config)
 
 
 def _poison(tensor: Tensor) -> None:
@@ -66,24 +130,6 @@ def _poison(tensor: Tensor) -> None:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _compared(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> Comparison:
-    if actual.shape != exact.shape:
-        raise AssertionError(f"{name} has the shape {tuple(actual.shape)}, its oracle {tuple(exact.shape)}")
-    e = exact.double()
-    kernel_max, kernel_rms = _errors(actual.double() - e)
-    torch_max, torch_rms = _errors(plain.double() - e)
-    size_max, size_rms = _errors(e)
-    return Comparison(
-        name=name,
-        kernel_max=kernel_max,
-        torch_max=torch_max,
-        limit_max=2 * torch_max + ATOL * size_max,
-        kernel_rms=kernel_rms,
-        torch_rms=torch_rms,
-        limit_rms=2 * torch_rms + ATOL * size_rms,
-    )
 
 
 def _errors(difference: Tensor) -> tuple[float, float]:

@@ -128,6 +128,14 @@ class Kernel(ABC):
     def oracle(self, case: Case, inputs: Tensors) -> Tensors:
         """Outputs by torch, computed in the floating dtype of ``inputs``; new tensors, the inputs stay as they are."""
 
+    def in_place(self, case: Case) -> frozenset[str]:
+        """The inputs that the launches write.
+
+        Found from the oracle's shapes alone; a kernel whose oracle reads values names them itself.
+        """
+        inputs = self.inputs(case, device="meta")
+        return frozenset(self.oracle(case, inputs).keys() & inputs.keys())
+
     @abstractmethod
     def cost(self, case: Case) -> Cost:
         """The least bytes and operations."""

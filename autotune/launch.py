@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 Argument = Tensor | int | float
 Constant = int | float | bool | str | None
@@ -30,6 +31,8 @@ class Launch:
         constants: every ``tl.constexpr`` argument; None where an optional tensor is left out.
         num_warps, num_stages: as Triton has them.
         max_registers: a limit for each thread, None for the compiler's own choice.
+        dependent: it may begin before the launch ahead of it ends; the function has the constant ``DEPENDENT`` and
+            waits by itself (:mod:`autotune.kernels.dependent`). From compute capability 9.0.
     """
 
     function: Any
@@ -39,14 +42,25 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int | None = None
+    dependent: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides the constants."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        if self.dependent:
+            options["launch_pdl"] = True
+        return options
 
     def run(self) -> None:
-        """Launches on the current CUDA stream, or in Triton's interpreter."""
+        """Launches on the current CUDA stream, or in Triton's interpreter, where nothing runs at the same time."""
         triton.set_allocator(_scratch)
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        self.function[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, **limit
-        )
+        constants = dict(self.constants)
+        if self.dependent and knobs.runtime.interpret:
+            constants["DEPENDENT"] = False
+        self.function[self.grid](**self.arguments, **constants, **self.options)
 
 
 def _scratch(size_bytes: int, alignment: int, stream: int | None) -> Tensor:

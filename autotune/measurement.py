@@ -40,7 +40,7 @@ class Meter(Protocol):
         """Times of one call, without an end.
 
         Args:
-            inputs: as the kernel makes them; the meter may change them.
+            inputs: as the kernel makes them; the meter changes only those of ``in_place``.
             in_place: names of those that the kernel writes.
         """
         ...
@@ -93,9 +93,8 @@ class GraphMeter:
         device = next(iter(inputs.values())).device
         first = inputs | kernel.outputs(case, config, device=device)
         size = sum(tensor.numel() * tensor.itemsize for tensor in first.values())
-        free_bytes, _ = torch.cuda.mem_get_info(device)
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        copies = buffer_sets(size, l2_bytes, free_bytes) - 1
+        copies = buffer_sets(size, l2_bytes, _free_bytes(device)) - 1
         return [first] + [
             {name: tensor.clone() for name, tensor in inputs.items()} | kernel.outputs(case, config, device=device)
             for _ in range(copies)
@@ -126,9 +125,14 @@ def kernel_us(kernel: Kernel, case: Case, config: Config, meter: Meter | None = 
     """
     meter = meter or GraphMeter()
     inputs = kernel.inputs(case, device=meter.device)
-    in_place = kernel.oracle(case, inputs).keys() & inputs.keys()
-    medians = running_medians(meter.times_us(kernel, case, config, inputs, in_place))
+    medians = running_medians(meter.times_us(kernel, case, config, inputs, kernel.in_place(case)))
     return list(medians)[-1][1]
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What can still be allocated: the driver's free memory, and what torch keeps of tensors that are gone."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _graph_of(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:

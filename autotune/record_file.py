@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotune.gpu import Gpu
+from autotune.gpu_model import GpuModel
 from autotune.kernel import Case, Config
 from runtimes.errors import Gemma3CompileError
+
+__all__ = ["GpuModel", "Key", "Record", "RecordError", "Records", "Timed", "as_json", "parse", "read", "write"]
 
 FORMAT = "gemma3c tuning records"
 VERSION = 1
@@ -68,19 +70,6 @@ class Record:
     def key(self) -> Key:
         """What a file holds at most one record of."""
         return (self.kernel, self.source_hash, self.triton, self.dtype, self.bucket)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuModel:
-    """What tells GPU models apart, and how near they are to each other."""
-
-    name: str
-    compute_capability: tuple[int, int]
-    multiprocessors: int
-
-    @classmethod
-    def of(cls, gpu: Gpu) -> GpuModel:
-        return cls(name=gpu.name, compute_capability=gpu.compute_capability, multiprocessors=gpu.multiprocessors)
 
 
 Records = dict[GpuModel, dict[Key, Record]]

@@ -17,14 +17,13 @@ whatever the step the kernel must not refuse it on this GPU.
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from importlib import metadata, resources, util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
@@ -32,13 +31,22 @@ from autotune import record_file
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Kernel, Space
 from autotune.record_file import GpuModel, Record, RecordError, Records
+from autotune.record_folders import default_folder, shipped_files, user_files
 from runtimes.errors import UsageError
 
-__all__ = ["Choice", "Imported", "Record", "RecordError", "RecordStore", "source_hash", "triton_version"]
+__all__ = [
+    "Choice",
+    "Imported",
+    "Record",
+    "RecordError",
+    "RecordStore",
+    "default_folder",
+    "source_hash",
+    "triton_version",
+]
 
 Origin = Literal["user", "shipped", "heuristic"]
 MENDED = "`gemma3c tune` mends it"
-_SCHEMA = "schema.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +80,6 @@ class Imported:
     added: int
     replaced: int
     kept: int
-
-
-def default_folder() -> Path:
-    """Where the user's records are on this host."""
-    if chosen := os.environ.get("GEMMA3C_RECORDS"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(base) if base else Path.home() / ".config") / "gemma3c" / "records"
 
 
 @cache
@@ -181,7 +181,7 @@ class RecordStore:
             RecordError: one of the user's files is damaged.
         """
         records: Records = {}
-        for file in self._user_files():
+        for file in user_files(self.folder):
             records |= record_file.read(file)
         count = sum(map(len, records.values()))
         if count == 0:
@@ -220,23 +220,20 @@ class RecordStore:
         found: list[tuple[tuple[object, ...], GpuModel, Record, Origin]] = []
         for origin in ("user", "shipped"):
             for model, records in self.records(origin).items():
-                if model.compute_capability[0] != mine.compute_capability[0]:
+                if not model.is_similar(mine):
                     continue
                 for record in records.values():
                     if (record.kernel, record.dtype, record.bucket) == wanted:
                         stale = (record.source_hash, record.triton) != environment
-                        rank = (*_distance(model, mine), stale, origin == "shipped", _newest_first(record.when))
+                        rank = (*mine.distance(model), stale, origin == "shipped", _newest_first(record.when))
                         found.append((rank, model, record, origin))
         for _, model, record, origin in sorted(found, key=lambda entry: entry[0]):
             yield model, record, origin
 
-    def _user_files(self) -> Sequence[Path]:
-        return sorted(self.folder.glob("*.json")) if self.folder.is_dir() else []
-
     def _user_records(self) -> Records:
         records: Records = {}
         damage = []
-        for file in self._user_files():
+        for file in user_files(self.folder):
             try:
                 _merge_into(records, record_file.read(file))
             except RecordError as error:
@@ -248,12 +245,9 @@ class RecordStore:
 
     def _shipped_records(self) -> Records:
         records: Records = {}
-        folder = self._shipped
-        entries = folder.iterdir() if folder else resources.files("autotune").joinpath("records").iterdir()
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.endswith(".json") and entry.name != _SCHEMA:
-                with resources.as_file(entry) as file:
-                    _merge_into(records, record_file.read(file))
+        with ExitStack() as stack:
+            for file in shipped_files(stack, self._shipped):
+                _merge_into(records, record_file.read(file))
         return records
 
     def _warned(self, reason: str | None) -> tuple[str, ...]:
@@ -286,15 +280,6 @@ class RecordStore:
 def _merge_into(records: Records, more: Records) -> None:
     for model, found in more.items():
         records.setdefault(model, {}).update(found)
-
-
-def _distance(model: GpuModel, mine: GpuModel) -> tuple[bool, int, int, str]:
-    return (
-        model.name != mine.name,
-        abs(model.multiprocessors - mine.multiprocessors),
-        abs(model.compute_capability[1] - mine.compute_capability[1]),
-        model.name if model.name != mine.name else "",
-    )
 
 
 def _newest_first(when: str) -> tuple[int, ...]:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -45,6 +46,7 @@ _POLL_S = 0.5
 _DRAWING_S = 5.0
 """How long another worker may take to write down the candidate that it drew."""
 _CASE = "case"
+Turn = Literal["goes on", "waits", "over"]
 
 
 class Compiler(Protocol):
@@ -123,6 +125,7 @@ class Study:
         starts: configurations to begin with: what is recorded, and the heuristic.
         compiler: None leaves compiling to the evaluator.
         space: a part of the kernel's space; None takes all of it.
+        candidates: those of the problem's case, if they are known already.
 
     Raises:
         UsageError: no candidate fits the GPU.
@@ -138,6 +141,7 @@ class Study:
         starts: Sequence[Config] = (),
         compiler: Compiler | None = None,
         space: Space | None = None,
+        candidates: Candidates | None = None,
     ) -> None:
         self._storage, self._evaluator, self._effort, self._compiler = storage, evaluator, effort, compiler
         self.study = optuna.create_study(
@@ -147,7 +151,9 @@ class Study:
             pruner=MedianPruner(n_startup_trials=TIMED_BEFORE_PRUNING),
         )
         self.problem = replace(problem, case=self._agreed_case(problem.case))
-        self.candidates = Candidates.of(self.problem.kernel, self.problem.case, problem.gpu, space)
+        if candidates is None or self.problem.case != problem.case:
+            candidates = Candidates.of(self.problem.kernel, self.problem.case, problem.gpu, space)
+        self.candidates = candidates
         self.study.sampler = CandidateSampler(self.candidates, effort.sampler, effort.seed)
         self.trials = effort.trials_of(self.candidates)
         self.ran = 0
@@ -156,6 +162,9 @@ class Study:
         """Why the study ended before its last trial, if it did."""
         self._flights: deque[_Flight] = deque()
         self._hopeless: str | None = None
+        self._advance: Callable[[int], None] = lambda done: None
+        self._told = 0
+        self._closing = False
         self._start_with(starts)
 
     def counted(self) -> list[FrozenTrial]:
@@ -180,31 +189,53 @@ class Study:
 
         An interrupt or an error gives the trials in hand back to the study.
         """
-        told = 0
-        heartbeat, times = self._storage.beats, self._effort
+        with self.attended(advance):
+            while (turn := self.turn()) != "over":
+                if turn == "waits":
+                    wait_for([self])
+
+    @contextmanager
+    def attended(self, advance: Callable[[int], None] = lambda done: None) -> Iterator[None]:
+        """This worker's part in the study, within which :meth:`turn` may be called."""
+        times = self._effort
+        self._advance, self._told = advance, 0
         with Attendance(
-            self._storage.optuna, heartbeat=heartbeat, interval_s=times.interval_s, grace_s=times.grace_s
+            self._storage.optuna, heartbeat=self._storage.beats, interval_s=times.interval_s, grace_s=times.grace_s
         ) as self._attendance:
             try:
-                while True:
-                    self._attendance.reclaim(self.study)
-                    trials = self.study.get_trials(deepcopy=False)
-                    done = sum(trial.state.is_finished() for trial in trials if counts(trial))
-                    advance(done - told)
-                    told = done
-                    if self._must_end(trials):
-                        break
-                    if len(self._flights) < self._effort.ahead and not self._effort.late and self._has_room(trials):
-                        self._take_off()
-                    elif self._flights:
-                        self._land()
-                    elif done < sum(map(counts, trials)):
-                        time.sleep(_POLL_S)  # the rest runs elsewhere, and comes here if its worker dies
-                    else:
-                        break
+                yield
             finally:
                 for flight in self._flights:
                     self._give_back(flight.trial)
+
+    def close(self) -> None:
+        """Has no further trial begin: its time is up."""
+        self._closing = True
+
+    @property
+    def _late(self) -> bool:
+        return self._closing or self._effort.late
+
+    def turn(self) -> Turn:
+        """One step: begins a trial, or finishes one that is compiled."""
+        self._attendance.reclaim(self.study)
+        trials = self.study.get_trials(deepcopy=False)
+        done = sum(trial.state.is_finished() for trial in trials if counts(trial))
+        self._advance(done - self._told)
+        self._told = done
+        if self._must_end(trials):
+            return "over"
+        if len(self._flights) < self._effort.ahead and not self._late and self._has_room(trials):
+            self._take_off()
+            return "goes on"
+        if self._flights:
+            return "goes on" if self._land() else "waits"
+        return "waits" if done < sum(map(counts, trials)) else "over"
+
+    @property
+    def awaited(self) -> list[Future[Compiled]]:
+        """Compilations that trials in hand wait for. None where other workers' trials are what is left."""
+        return [compiled for flight in self._flights for compiled in flight.compiled if not compiled.done()]
 
     def _must_end(self, trials: Sequence[FrozenTrial]) -> bool:
         failed = [trial for trial in trials if trial.state == TrialState.FAIL and counts(trial)]
@@ -212,7 +243,7 @@ class Study:
             self._hopeless = f"its first {len(failed)} candidates failed, the last: {failed[-1].user_attrs[REASON]}"
         if self._hopeless is not None:
             self.ended_early = self._hopeless
-        elif self._effort.late and not self._flights and sum(map(counts, trials)) < self.trials:
+        elif self._late and not self._flights and sum(map(counts, trials)) < self.trials:
             self.ended_early = "its time was up"
         return self.ended_early is not None
 
@@ -260,12 +291,11 @@ class Study:
         tensors = kernel.inputs(case, device="meta") | kernel.outputs(case, config, device="meta")
         return kernel.launches(case, config, tensors)
 
-    def _land(self) -> None:
-        """Finishes the first trial that is compiled."""
+    def _land(self) -> bool:
+        """Finishes the first trial that is compiled, if one is."""
         flight = next((f for f in self._flights if all(c.done() for c in f.compiled)), None)
         if flight is None:
-            wait([c for f in self._flights for c in f.compiled if not c.done()], return_when=FIRST_COMPLETED)
-            return
+            return False
         try:
             self._finish(flight)
             self.ran += 1
@@ -273,6 +303,7 @@ class Study:
             pass  # another worker took this one for dead, and its candidate over
         self._flights.remove(flight)
         self._attendance.leave(flight.trial)
+        return True
 
     def _finish(self, flight: _Flight) -> None:
         """Times a trial, unless it is known not to fit, and tells the study."""
@@ -346,3 +377,12 @@ class Study:
             if key not in tried:
                 tried.add(key)
                 self.study.enqueue_trial(self.candidates.params(key))
+
+
+def wait_for(studies: Sequence[Study]) -> None:
+    """Returns when a study that waits may go on: when a compilation is done, or after half a second."""
+    awaited = [compiled for study in studies for compiled in study.awaited]
+    if awaited:
+        wait(awaited, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+    else:
+        time.sleep(_POLL_S)  # the rest runs elsewhere, and comes here if its worker dies

@@ -39,6 +39,14 @@ class TrialProcess:
         self.limit_s = limit_s
         self._process: ChildProcess | None = None
 
+    def start(self) -> None:
+        """Starts the process now, rather than with the first candidate.
+
+        Raises:
+            HostError: it does not start.
+        """
+        self._started()
+
     def evaluate(self, kernel: Kernel, case: Case, config: Config, go_on: GoOn) -> Outcome:
         """Starts the process if there is none.
 

@@ -1,4 +1,4 @@
-"""Tunes kernels for a GPU: one study after another, and a record for each.
+"""Tunes kernels for a GPU: study after study, a few side by side, and a record for each.
 
 When a study is full its fastest candidates and the heuristic are timed once more, one right after the other, because the
 least of a hundred noisy times is not always that of the fastest. The first of that round becomes the record.
@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from subprocess import SubprocessError, run
 
+from autotune.candidates import Candidates
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Kernel
 from autotune.model_shapes import ModelShapes
 from autotune.record_file import GpuModel, Timed
 from autotune.record_store import Record, RecordStore, source_hash, triton_version
 from autotune.storage import Storage
-from autotune.study import Compiler, Effort, Problem, Study
+from autotune.study import Compiler, Effort, Problem, Study, Turn, wait_for
 from autotune.trial_process import Evaluator
 from autotune.trial_worker import Measured
 from runtimes.errors import UsageError
 from runtimes.progress import SILENT, Progress
 
-FINALISTS = 4
+FEWEST_FINALISTS, FINALISTS = 2, 4
+"""A quarter of what was timed, within these bounds."""
 LONGEST_CHUNK = 8192
 """Tokens of a prefill chunk at most, whatever the context."""
 
@@ -109,12 +114,55 @@ def _cases(
                         yield use.case
 
 
+@dataclass(kw_only=True)
+class _Running:
+    """A study in hand, with its bar and its signs of life.
+
+    Args:
+        budget_s: what it may take, its last round included; None is no limit.
+        used_s, landed_s: what it took so far, and how much of that its trials took that are done.
+    """
+
+    problem: Problem
+    study: Study
+    resources: ExitStack
+    budget_s: float | None
+    used_s: float
+    landed_s: float = 0.0
+
+    @property
+    def trials(self) -> tuple[int, int]:
+        return self.study.finished(), self.study.trials
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, (self.budget_s or 0.0) - self.used_s)
+
+    def turn(self) -> Turn:
+        """The study's next step."""
+        began, ran = time.monotonic(), self.study.ran
+        turn = self.study.turn()
+        spent_s = time.monotonic() - began
+        self.landed_s += spent_s if self.study.ran > ran else 0.0
+        self.spend(spent_s)
+        return turn
+
+    def spend(self, seconds: float) -> None:
+        """Counts time, and has no further trial begin after the first where the last round needs what is left."""
+        self.used_s += seconds
+        last_round_s = (FINALISTS + 1) * self.landed_s / max(1, self.study.ran)
+        if self.budget_s is not None and self.study.ran and self.used_s + last_round_s >= self.budget_s:
+            self.study.close()
+
+
 class Tuner:
     """What all studies of one command share.
 
     Args:
         store: where records go, and where the configurations to begin with come from.
         effort: the studies that are left share the time that is left until its deadline.
+        at_once: studies that go on side by side. One candidate is timed at a time; while it is, those of the other studies
+            are compiled, so that the GPU need not wait where a study begins or ends.
         compiler: None leaves compiling to the evaluator.
     """
 
@@ -125,11 +173,12 @@ class Tuner:
         evaluator: Evaluator,
         effort: Effort,
         *,
+        at_once: int = 1,
         compiler: Compiler | None = None,
         progress: Progress = SILENT,
     ) -> None:
         self.storage, self.store, self.evaluator, self.effort = storage, store, evaluator, effort
-        self.compiler, self.progress = compiler, progress
+        self.at_once, self.compiler, self.progress = at_once, compiler, progress
 
     def tune(self, problems: Sequence[Problem]) -> Iterator[Tuned]:
         """Runs the studies; each is yielded when its record is written.
@@ -138,42 +187,95 @@ class Tuner:
             HostError: the storage fails, or the process that runs candidates does not start.
             RecordError, OSError: the user's records cannot be read or written.
         """
-        for index, problem in enumerate(problems):
-            effort = replace(self.effort, deadline=self._deadline(len(problems) - index))
-            yield self._tune(problem, effort, f"[{index + 1}/{len(problems)}] {problem}")
+        waiting = deque(enumerate(problems, start=1))
+        running: list[_Running] = []
+        thread = ThreadPoolExecutor(1, thread_name_prefix="candidates")  # in the time that others wait for the GPU
+        candidates = [thread.submit(Candidates.of, each.kernel, each.case, each.gpu) for each in problems]
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.at_once:
+                    budget_s = self._budget_s(len(waiting), running)
+                    number, problem = waiting.popleft()
+                    try:
+                        found = candidates[number - 1].result()
+                    except UsageError as error:
+                        yield Tuned(problem=problem, record=None, heuristic_us=None, trials=(0, 0), why=error.message)
+                        continue
+                    label = f"[{number}/{len(problems)}] {problem}"
+                    running.append(self._begun(problem, found, budget_s, label))
+                for ended in self._turns(running):
+                    running.remove(ended)
+                    yield self._ended(ended)
+        except (KeyboardInterrupt, SystemExit):
+            for each in running:
+                done, planned = each.trials
+                self.progress.note(
+                    f"{each.problem}: stopped after {done} of {planned} trials; the same command goes on"
+                )
+            raise
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+            for each in running:
+                each.resources.close()
 
-    def _deadline(self, left: int) -> float | None:
+    def _budget_s(self, waiting: int, running: Sequence[_Running]) -> float | None:
+        """Of the next study: what those in hand leave of the time, shared by those that wait."""
         if self.effort.deadline is None:
             return None
-        now = time.monotonic()
-        return now + max(0.0, self.effort.deadline - now) / left
+        left_s = self.effort.deadline - time.monotonic() - sum(each.left_s for each in running)
+        return max(0.0, left_s) / waiting
 
-    def _tune(self, problem: Problem, effort: Effort, label: str) -> Tuned:
-        kernel, gpu = problem.kernel, problem.gpu
+    def _begun(self, problem: Problem, candidates: Candidates, budget_s: float | None, label: str) -> _Running:
+        began, kernel, gpu = time.monotonic(), problem.kernel, problem.gpu
         starts = [self.store.best(kernel, problem.case, gpu).config, kernel.default(problem.case, gpu)]
+        with self.storage.watched(), ExitStack() as resources:
+            study = Study(
+                problem,
+                self.storage,
+                self.evaluator,
+                self.effort,
+                starts=starts,
+                compiler=self.compiler,
+                candidates=candidates,
+            )
+            advance = resources.enter_context(self.progress.task(label, total=study.trials))
+            resources.enter_context(study.attended(advance))
+            return _Running(
+                problem=problem,
+                study=study,
+                resources=resources.pop_all(),
+                budget_s=budget_s,
+                used_s=time.monotonic() - began,
+            )
+
+    def _turns(self, running: Sequence[_Running]) -> list[_Running]:
+        """One step of each study, or a wait where none can go on; those that are over."""
         with self.storage.watched():
-            study = Study(problem, self.storage, self.evaluator, effort, starts=starts, compiler=self.compiler)
-            try:
-                with self.progress.task(label, total=study.trials) as advance:
-                    study.run(advance)
-            except (KeyboardInterrupt, SystemExit):
-                done = study.finished()
-                self.progress.note(
-                    f"{problem}: stopped after {done} of {study.trials} trials; the same command goes on"
-                )
-                raise
-            trials, timed = (study.finished(), study.trials), study.timed()
-        known = self._known(study.problem)
+            turns = [each.turn() for each in running]
+            if all(turn == "waits" for turn in turns):
+                began = time.monotonic()
+                wait_for([each.study for each in running])
+                for each in running:
+                    if each.study.ran:  # before its first trial it waits for processes to start
+                        each.spend((time.monotonic() - began) / len(running))
+        return [each for each, turn in zip(running, turns, strict=True) if turn == "over"]
+
+    def _ended(self, running: _Running) -> Tuned:
+        """The last round of a study that is over, and its record."""
+        study = running.study
+        with self.storage.watched():
+            running.resources.close()
+            trials, timed = running.trials, study.timed()
+        problem, known = study.problem, self._known(study.problem)
         if study.ran == 0 and known is not None:
-            return Tuned(problem=study.problem, record=known, heuristic_us=None, trials=trials, why=study.ended_early)
-        final, heuristic_us = self._final_round(study.problem, [config for config, _ in timed[:FINALISTS]])
+            return Tuned(problem=problem, record=known, heuristic_us=None, trials=trials, why=study.ended_early)
+        finalists = max(FEWEST_FINALISTS, min(FINALISTS, len(timed) // 4))
+        final, heuristic_us = self._final_round(problem, [config for config, _ in timed[:finalists]])
         record = None
         if ranked := final or timed:
-            record = _record(study.problem, ranked)
-            self._keep(record, known, gpu)
-        return Tuned(
-            problem=study.problem, record=record, heuristic_us=heuristic_us, trials=trials, why=study.ended_early
-        )
+            record = _record(problem, ranked)
+            self._keep(record, known, problem.gpu)
+        return Tuned(problem=problem, record=record, heuristic_us=heuristic_us, trials=trials, why=study.ended_early)
 
     def _final_round(self, problem: Problem, configs: Sequence[Config]) -> tuple[list[Timed], float | None]:
         """The finalists' times, the fastest first, and the heuristic's, which may be among them."""

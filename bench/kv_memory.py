@@ -15,8 +15,9 @@ from pathlib import Path
 from bench import real_270m
 from bench.record import IMAGES, Row, finish, less_is_better, options
 from gemma3_compile.facts import model_facts
-from gemma3_compile.pipeline import BuildRequest, build, window_slack
+from gemma3_compile.pipeline import BuildRequest, build
 from gemma3_compile.presets import PRESETS
+from gemma3_compile.targets.ort import window_slack
 from runtimes.bundle import Bundle
 from runtimes.manifest import Manifest
 from runtimes.ort_caches import OrtCaches

@@ -7,7 +7,9 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -22,6 +24,8 @@ BAR = "figure to reach"
 _PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch", "transformers", "onnx", "onnx-ir",
 )  # fmt: skip
+_GPU_PACKAGES = ("torch", "triton", "nvidia-cudnn-frontend")
+UNKNOWN = "unknown"
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
@@ -68,16 +72,28 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(name: str, rows: Sequence[Row], *, quick: bool) -> None:
-    """Prints the table and, unless ``quick``, writes bench/results/NAME.json."""
+def with_gpu(name: str, gpu_name: str) -> str:
+    """``name`` with the GPU's short name behind it: ``kernels-h100``."""
+    from autotune.gpu import GPUS  # and with it torch, which not every bench needs
+
+    known = (short for short, gpu in GPUS.items() if gpu.name == gpu_name)
+    return f"{name}-{next(known, re.sub(r'[^a-z0-9]+', '-', gpu_name.lower()).strip('-'))}"
+
+
+def finish(name: str, rows: Sequence[Row], *, quick: bool, measured: str | None = None) -> None:
+    """Prints the table and, unless ``quick``, writes bench/results/NAME.json.
+
+    Args:
+        measured: the commit; None asks git.
+    """
     print(table(rows))
     if quick:
-        print(f"\n--quick: bench/results/{name}.json is left as it is")
+        print(f"\nbench/results/{name}.json is left as it is")
         return
     report = {
         "name": name,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
+        "commit": measured or commit(),
         "hardware": hardware(),
         "versions": versions(),
         "rows": [{key: _rounded(value) for key, value in asdict(row).items() if _said(key, value)} for row in rows],
@@ -120,7 +136,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def hardware() -> dict[str, object]:
-    """The processor, its vector instructions, how many cores this process may use, and memory."""
+    """The processor, its vector instructions, how many cores this process may use, memory, and the GPU if one was used."""
     info = _cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -133,27 +149,72 @@ def hardware() -> dict[str, object]:
         facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
     if hasattr(os, "getloadavg"):
         facts["load_at_the_end"] = round(os.getloadavg()[0], 2)
+    if _used_gpu():
+        facts["gpu"] = _gpu()
     return facts
 
 
 def versions() -> dict[str, str]:
-    """Python, and those of the packages in play that are installed."""
+    """Python, those of the packages in play that are installed, and what lies below torch if a GPU was used."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in dict.fromkeys((*_PACKAGES, *(_GPU_PACKAGES if _used_gpu() else ()))):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | (_gpu_versions() if _used_gpu() else {})
 
 
-def commit() -> str | None:
-    """The commit that was measured, with ``+changes`` where the working tree differs from it."""
+def commit() -> str:
+    """The commit that was measured, with ``+changes`` where the working tree differs from it; ``unknown`` in a copy
+    without its history.
+    """
+    if not (ROOT / ".git").exists():  # git would answer for a repository around the copy
+        return UNKNOWN
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return UNKNOWN
+
+
+def _used_gpu() -> bool:
+    """This process has used a GPU, by torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
+
+
+def _gpu() -> dict[str, object]:
+    import torch
+
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def _gpu_versions() -> dict[str, str]:
+    """NVIDIA's driver, the CUDA that torch was built with, and the cuDNN that it has loaded."""
+    import torch
+
+    cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    found = {"nvidia-driver": _driver(), "cuda": torch.version.cuda or UNKNOWN}
+    if cudnn is not None:  # 91900 is 9.19.0
+        found["cudnn"] = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    return found
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return UNKNOWN
+    return lines[0] if lines else UNKNOWN
 
 
 def _git(*arguments: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -112,8 +112,8 @@ def _size(kernel: Kernel, case: Case, gpu: Gpu, space: Space) -> int:
         return 0
 
 
-def enumerate_all(gpu: Gpu, limit: int) -> list[Table]:
-    """Times every candidate; compiles all of them at once on all cores."""
+def enumerate_all(gpu: Gpu, limit: int) -> Iterator[Table]:
+    """Times every candidate of one kernel after another; compiles all of them at once on all cores."""
     chosen = []
     with CompilerPool(timeout_s=60) as compiler, TrialProcess(limit_s=30) as evaluator:
         for name, size, stage, context, where in CHOSEN:
@@ -125,9 +125,10 @@ def enumerate_all(gpu: Gpu, limit: int) -> list[Table]:
             candidates = Candidates.of(problem.kernel, problem.case, gpu, space)
             futures = {key: _submit(compiler, problem, config_of(candidates.params(key))) for key in candidates.fitting}
             chosen.append((problem, space, candidates, futures))
-        return [
-            _timed(problem, space, candidates, futures, evaluator) for problem, space, candidates, futures in chosen
-        ]
+        for problem, space, candidates, futures in chosen:
+            table = _timed(problem, space, candidates, futures, evaluator)
+            if table is not None:
+                yield table
 
 
 def _submit(compiler: CompilerPool, problem: Problem, config: Config) -> list[Future[Compiled]]:
@@ -142,19 +143,24 @@ def _timed(
     candidates: Candidates,
     futures: Mapping[Key, Sequence[Future[Compiled]]],
     evaluator: TrialProcess,
-) -> Table:
+) -> Table | None:
+    """None where no candidate runs."""
     began = time.monotonic()
     times: dict[Key, float | None] = {}
     for key, compiled in futures.items():
         best = min((time_us for time_us in times.values() if time_us is not None), default=float("inf"))
         times[key] = _time_of(problem, config_of(candidates.params(key)), compiled, evaluator, best)
     ran = {key: time_us for key, time_us in times.items() if time_us is not None}
+    if not ran:
+        print(f"{problem}: none of {len(times)} candidates runs", flush=True)
+        return None
     winner = config_of(candidates.params(min(ran, key=lambda key: ran[key])))
     default = problem.kernel.default(problem.case, problem.gpu)
     rounds = [[_once(problem, config, evaluator) for config in (winner, default)] for _ in range(FINAL_ROUNDS)]
     final = tuple(statistics.median(column) for column in zip(*rounds, strict=True))
     print(
-        f"{problem}: {len(ran)} of {len(times)} candidates run, {final[0]:.2f} µs, heuristic {final[1]:.2f} µs, {time.monotonic() - began:.0f} s"
+        f"{problem}: {len(ran)} of {len(times)} candidates run, {final[0]:.2f} µs, heuristic {final[1]:.2f} µs, {time.monotonic() - began:.0f} s",
+        flush=True,
     )
     return Table(
         kernel=problem.kernel.name,
@@ -306,7 +312,10 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if given.enumerate or not given.table.exists():
         gpu = present()
-        save(given.table, gpu, enumerate_all(gpu, 12 if given.quick else given.limit))
+        timed: list[Table] = []
+        for table in enumerate_all(gpu, 12 if given.quick else given.limit):
+            timed.append(table)
+            save(given.table, gpu, timed)  # what is timed stays, whatever the next kernel does
     if given.enumerate:
         return
     gpu, made, tables = load(given.table)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from gemma3_compile.checkpoints import BlockGrid, Checkpoint
@@ -19,7 +20,10 @@ from runtimes.errors import ExportError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Blocks:
-    """Rows in a block format: codes uint8 [N, K], scales fp32 [N, n], and what the format asks for besides."""
+    """Rows in a block format: codes uint8 [N, K], scales fp32 [N, n], and what the format asks for besides.
+
+    Codes count from 0, signed ones too; those of e4m3 are its bits.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -44,12 +48,27 @@ class Blocks:
             return pack_codes(tensor.numpy(), form)
         if part == "zeros":
             return pack_zeros(tensor.numpy(), form)
-        values: npt.NDArray[np.generic] = tensor.float().numpy()
-        return values
+        if part == "scales" and form.whole_rows:
+            tensor = tensor[:, 0]
+        return as_stored(tensor.float(), form.scales if part == "scales" else "float32")
+
+
+def as_stored(values: Tensor, dtype: str) -> npt.NDArray[np.generic]:
+    """fp32 values in the width of the stored dtype; bfloat16 as its bits."""
+    if dtype == "bfloat16":
+        bits: npt.NDArray[np.generic] = values.to(torch.bfloat16).view(torch.int16).numpy()
+        return bits
+    plain: npt.NDArray[np.generic] = values.to(getattr(torch, dtype)).numpy()
+    return plain
 
 
 def keeps_grid(checkpoint: Checkpoint, name: str, form: BlockFormat) -> bool:
     """Whether ``form`` holds the grid that ``name`` is stored on exactly."""
+    return form.scales == "float32" and keeps_codes(checkpoint, name, form)
+
+
+def keeps_codes(checkpoint: Checkpoint, name: str, form: BlockFormat) -> bool:
+    """Whether ``form`` holds the codes that ``name`` is stored in; its scales may be rounded."""
     grid = checkpoint.grid_info(name)
     if grid is None or grid.block_size != form.block_size or grid.bits > form.bits:
         return False

@@ -16,15 +16,23 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
+from autotune.gpu_model import GpuModel
+from autotune.record_folders import summary
+from runtimes.bundle import Bundle
+from runtimes.trt.binding import ARCHITECTURES, EXTRAS, Flavour
+
 State = Literal["works", "missing", "planned"]
 
 _BUILD_PACKAGES = ("torch", "onnx", "onnx-ir", "safetensors", "gguf", "huggingface-hub")
 _TORCH_RANGE = ((2, 11), (2, 15))
 _ORT_FROM = (1, 32)
 _ORT_GPU_FROM = (1, 31, 1)
-_RTX_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0))
-"""What TensorRT for RTX 1.7 runs on, and everything above 12.0; notably not Hopper's 9.0."""
-_CU_ATTRIBUTE_MAJOR, _CU_ATTRIBUTE_MINOR = 75, 76
+_TRT: Mapping[Flavour, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
+    "full": ("full TensorRT", ("tensorrt-cu13", "tensorrt"), (11, 4)),
+    "rtx": ("TensorRT for RTX", ("tensorrt-rtx-cu13", "tensorrt-rtx"), (1, 7)),
+}
+"""What it is called, its packages, and from which version on."""
+_CU_ATTRIBUTE_MULTIPROCESSORS, _CU_ATTRIBUTE_MAJOR, _CU_ATTRIBUTE_MINOR = 16, 75, 76
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,7 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     memory_bytes: int
+    multiprocessors: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +72,8 @@ class Examination:
         return next(finding.state for finding in self.findings if finding.name == name)
 
 
-def examine() -> Examination:
-    """Looks at this host."""
+def examine(bundle: Bundle | None = None) -> Examination:
+    """Looks at this host. With ``bundle``, the last finding tells whether that one runs here."""
     gpus = nvidia_gpus()
     host = {
         "python": platform.python_version(),
@@ -76,8 +85,27 @@ def examine() -> Examination:
         )
         or "none that a driver shows",
     }
-    findings = (examine_build(), examine_ort(), examine_ort_cuda(gpus), *examine_planned(gpus))
+    if gpus:
+        host["tuning"] = tuning_records(gpus)
+    findings: tuple[Finding, ...] = (
+        examine_build(),
+        examine_ort(),
+        examine_ort_cuda(gpus),
+        examine_trt("full", gpus),
+        examine_trt("rtx", gpus),
+        examine_cuda(gpus),
+    )
+    if bundle is not None:
+        findings = (*findings, examine_bundle(bundle, gpus))
     return Examination(host=host, gpus=gpus, findings=findings)
+
+
+def tuning_records(gpus: tuple[Gpu, ...]) -> str:
+    """What is tuned for these GPUs."""
+    models = dict.fromkeys(
+        GpuModel(name=gpu.name, compute_capability=gpu.capability, multiprocessors=gpu.multiprocessors) for gpu in gpus
+    )
+    return "; ".join(summary(model) for model in models)
 
 
 def examine_build() -> Finding:
@@ -121,17 +149,74 @@ def examine_ort_cuda(gpus: tuple[Gpu, ...]) -> Finding:
     return _finding("ort-cuda", "run bundles for ort on an NVIDIA GPU", "CUDA provider" if not missing else "", missing)
 
 
-def examine_planned(gpus: tuple[Gpu, ...]) -> tuple[Finding, ...]:
-    """The targets that this version does not build yet, and what of them is there."""
-    rtx = version_of("tensorrt-rtx-cu13") or version_of("tensorrt-rtx")
-    refused = [g for g in gpus if g.capability not in _RTX_CAPABILITIES and g.capability <= (12, 0)]
-    rtx_missing = tuple(f"TensorRT for RTX refuses {g.name}: full TensorRT is for that" for g in refused)
+def examine_trt(flavour: Flavour, gpus: tuple[Gpu, ...]) -> Finding:
+    """Whether plans of a flavour run here."""
+    title, packages, oldest = _TRT[flavour]
+    install = f"pip install 'gemma3-compile[{EXTRAS[flavour]}]'"
+    found, version = _first(packages)
+    missing = []
+    if version is None:
+        missing.append(f"{packages[0]} is not installed: {install}")
+    elif _numbers(version) < oldest:
+        missing.append(f"{found} {version} is too old: {install} -U")
+    if version_of("cuda-core") is None:
+        missing.append(f"cuda-core is not installed, which launches the plugins' kernels: {install}")
+    if not gpus:
+        missing.append("no NVIDIA GPU with a driver")
+    refused = [gpu for gpu in gpus if not _serves(flavour, gpu)]
+    if gpus and len(refused) == len(gpus):
+        missing += [_refusal(flavour, gpu) for gpu in refused]
+    purpose = f"run bundles for trt with {title}" + ("; to build them, no GPU is needed" if flavour == "rtx" else "")
+    name = EXTRAS[flavour]
+    return _finding(name, purpose, f"{found} {version}" if version else "", missing)
+
+
+def examine_cuda(gpus: tuple[Gpu, ...]) -> Finding:
+    """The target that this version does not build yet, and what of it is there."""
     no_gpu = () if gpus else ("no NVIDIA GPU with a driver",)
-    return (
-        _planned("trt", "TensorRT plans", "tensorrt", version_of("tensorrt-cu13") or version_of("tensorrt"), no_gpu),
-        _planned("trt-rtx", "TensorRT for RTX plans", "tensorrt-rtx", rtx, no_gpu + rtx_missing),
-        _planned("cuda", "tuned kernels without torch", "cuda-core", version_of("cuda-core"), no_gpu),
-    )
+    return _planned("cuda", "tuned kernels without torch", "cuda-core", version_of("cuda-core"), no_gpu)
+
+
+def examine_bundle(bundle: Bundle, gpus: tuple[Gpu, ...]) -> Finding:
+    """Whether one bundle runs here: for ``trt`` its flavour, its version and its architectures beside this host's."""
+    manifest = bundle.manifest
+    purpose = f"run {bundle.root}, built for {manifest.target}"
+    if manifest.target != "trt":
+        like = examine_ort() if manifest.target == "ort" else examine_cuda(gpus)
+        return Finding(name="bundle", purpose=purpose, state=like.state, found=like.found, missing=like.missing)
+    flavour: Flavour = "full" if manifest.settings.get("flavour") == "full" else "rtx"
+    of_flavour = examine_trt(flavour, gpus)
+    missing = list(of_flavour.missing)
+    built = str(manifest.settings.get("tensorrt_version"))
+    _, version = _first(_TRT[flavour][1])
+    if version is not None and _numbers(version) != _numbers(built):
+        missing.append(
+            f"its plans were built by version {built}, and {version} is installed: install that, or build again"
+        )
+    here = [f"sm_{gpu.capability[0]}{gpu.capability[1]}" for gpu in gpus]
+    if gpus and not set(here) & set(manifest.gpu_architectures):
+        missing.append(
+            f"its plans are for {', '.join(manifest.gpu_architectures)}, and this host has {', '.join(here)}: "
+            f"build again with --arch {here[0]}"
+        )
+    found = f"{flavour}, version {built}, for {', '.join(manifest.gpu_architectures)}"
+    return _finding("bundle", purpose, found, missing)
+
+
+def _first(packages: tuple[str, ...]) -> tuple[str, str | None]:
+    """The first package that is installed, and its version."""
+    installed = ((name, version) for name in packages if (version := version_of(name)))
+    return next(installed, (packages[0], None))
+
+
+def _serves(flavour: Flavour, gpu: Gpu) -> bool:
+    number = 10 * gpu.capability[0] + gpu.capability[1]
+    return number in ARCHITECTURES[flavour] or number > max(ARCHITECTURES[flavour])
+
+
+def _refusal(flavour: Flavour, gpu: Gpu) -> str:
+    other = "full TensorRT is for that" if flavour == "rtx" and _serves("full", gpu) else "the target ort is for that"
+    return f"{_TRT[flavour][0]} refuses {gpu.name}: {other}"
 
 
 def version_of(package: str) -> str | None:
@@ -156,15 +241,23 @@ def nvidia_gpus(load: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> tuple[Gpu, 
         return ()
     gpus = []
     for index in range(count.value):
-        device, major, minor, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+        device, memory = ctypes.c_int(), ctypes.c_size_t()
+        multiprocessors, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         name = ctypes.create_string_buffer(128)
         cuda.cuDeviceGet(ctypes.byref(device), index)
         cuda.cuDeviceGetName(name, len(name), device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(multiprocessors), _CU_ATTRIBUTE_MULTIPROCESSORS, device)
         cuda.cuDeviceGetAttribute(ctypes.byref(major), _CU_ATTRIBUTE_MAJOR, device)
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CU_ATTRIBUTE_MINOR, device)
         cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        capability = (major.value, minor.value)
-        gpus.append(Gpu(name=name.value.decode(errors="replace"), capability=capability, memory_bytes=memory.value))
+        gpus.append(
+            Gpu(
+                name=name.value.decode(errors="replace"),
+                capability=(major.value, minor.value),
+                memory_bytes=memory.value,
+                multiprocessors=multiprocessors.value,
+            )
+        )
     return tuple(gpus)
 
 

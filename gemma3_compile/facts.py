@@ -5,31 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from gemma3_compile.config import ModelConfig
-from graphs.stages import CacheShape, DecoderShape, Stage, VisionShape
+from graphs.stages import CacheShape, DecoderShape, Dim, Stage, VisionShape
 from runtimes.manifest import ImageFacts, LayerFacts, ModelFacts, PanAndScanFacts, StageFacts, TensorFacts, TokenFacts
 
 
-def decoder_shape(config: ModelConfig) -> DecoderShape:
-    """The decoder's contract."""
+def decoder_shape(config: ModelConfig, *, local: Dim = "L", context: Dim = "C", dtype: str = "float32") -> DecoderShape:
+    """The decoder's contract: slots of a local layer's cache and of a global one's, and what caches hold."""
     text = config.text
     caches = tuple(
         CacheShape(
             kv_heads=text.num_kv_heads,
-            slots="L" if kind == "local" else "C",
+            slots=local if kind == "local" else context,
             head_dim=text.head_dim,
         )
         for kind in text.layer_kinds
     )
-    return DecoderShape(hidden_size=text.hidden_size, vocab_size=text.vocab_size, caches=caches)
+    return DecoderShape(hidden_size=text.hidden_size, vocab_size=text.vocab_size, caches=caches, cache_dtype=dtype)
 
 
-def vision_shape(config: ModelConfig) -> VisionShape:
-    """The vision tower's contract."""
+def vision_shape(config: ModelConfig, *, dtype: str = "float32") -> VisionShape:
+    """The vision tower's contract; ``dtype`` is that of pixels and features."""
     assert config.vision is not None
     return VisionShape(
         image_size=config.vision.image_size,
         tokens_per_image=config.vision.tokens_per_image,
         text_hidden_size=config.text.hidden_size,
+        dtype=dtype,
     )
 
 

@@ -6,11 +6,12 @@ tied embedding once, for lookup and head); ``auto`` keeps the checkpoint's own g
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from gemma3_compile.checkpoints import Checkpoint
-from graphs.onnx_lowering.context import Activations
-from graphs.weights import BlockFormat
+from graphs.onnx_lowering.context import Activations, WeightSource
+from graphs.weights import WHOLE_ROW, BlockFormat
 from runtimes.errors import UsageError
 
 Dtype = Literal["auto", "float32", "int8", "int4"]
@@ -18,6 +19,13 @@ DTYPES: tuple[Dtype, ...] = ("auto", "float32", "int8", "int4")
 
 INT8 = BlockFormat(bits=8, block_size=32, zero_points="none")
 INT4 = BlockFormat(bits=4, block_size=32, zero_points="integer")
+
+TrtDtype = Literal["auto", "bfloat16", "int8", "int4", "fp8"]
+TRT_DTYPES: tuple[TrtDtype, ...] = ("auto", "bfloat16", "int8", "int4", "fp8")
+TRT_INT8 = BlockFormat(bits=8, block_size=WHOLE_ROW, zero_points="none", codes="signed", scales="bfloat16")
+TRT_INT4 = BlockFormat(bits=4, block_size=32, zero_points="none", codes="signed", scales="bfloat16")
+TRT_FP8 = BlockFormat(bits=8, block_size=WHOLE_ROW, zero_points="none", codes="e4m3", scales="bfloat16")
+
 EMBEDDING = "decoder.embed_tokens.weight"
 
 
@@ -71,3 +79,22 @@ def stored_dtype(formats: dict[str, BlockFormat], dtype: Dtype) -> Literal["floa
     if dtype == "auto":
         return "kept" if formats else "float32"
     return dtype
+
+
+def trt_formats(names: Iterable[str], dtype: TrtDtype, weights: WeightSource = "input") -> dict[str, BlockFormat]:
+    """The format of every tensor that a TensorRT bundle quantises, by canonical name.
+
+    The decoder's linear layers. The tied embedding joins them as int4 in a plan that holds its weights: TensorRT
+    multiplies by int4 constants as they are, but writes int4 inputs out in bfloat16 first, a table of 2 GB for 12b.
+    The vision tower, which runs once a picture, stays in bfloat16.
+
+    Raises:
+        UsageError: ``dtype`` is none of :data:`TRT_DTYPES`.
+    """
+    if dtype not in TRT_DTYPES:
+        raise UsageError(f"unknown dtype `{dtype}`", hint=f"the dtypes are {', '.join(TRT_DTYPES)}")
+    if dtype in ("auto", "bfloat16"):
+        return {}
+    form = {"int8": TRT_INT8, "int4": TRT_INT4, "fp8": TRT_FP8}[dtype]
+    formats = {name: form for name in names if is_linear(name) and name.startswith("decoder.")}
+    return formats | ({EMBEDDING: form} if dtype == "int4" and weights == "constant" else {})

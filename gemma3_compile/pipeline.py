@@ -1,9 +1,11 @@
-"""The build, as one readable line: checkpoint, formats, graphs, weights, manifest.
+"""The build, as one readable line: checkpoint, formats, graphs, weights, what the target makes of them, manifest.
 
+    target = what the request is for: ort, trt
     with BundleWriter(out) as writer:
-        formats  = choose_formats(checkpoint, dtype)
+        formats  = how each weight is stored
         graphs   = export, passes, lowering for each stage
         weights  = one safetensors file that every graph points into
+        the target's own files (plans, for trt)
         manifest = what the runtime must know, and what was done
 
 An error or an interrupt anywhere in it leaves nothing behind.
@@ -12,152 +14,84 @@ An error or an interrupt anywhere in it leaves nothing behind.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
-from gemma3_compile.blocks import Blocks, keeps_grid
+from gemma3_compile.blocks import Blocks, keeps_codes, keeps_grid
+from gemma3_compile.build_request import BuildPlan, BuildRequest, Decision, Rounding
 from gemma3_compile.checkpoints import Checkpoint, check_tensors, open_checkpoint
-from gemma3_compile.config import ModelConfig, TextConfig
 from gemma3_compile.facts import model_facts, stage_facts
-from gemma3_compile.formats import Dtype, choose_formats, default_activations, stored_dtype
 from gemma3_compile.quantize.calibration import calibrate
 from gemma3_compile.quantize.text import calibration_tokens
-from gemma3_compile.stage_graphs import CompiledStage, compile_for_ort
+from gemma3_compile.stage_graphs import CompiledStage
+from gemma3_compile.targets import TargetFacts, target_of
+from gemma3_compile.targets.target import graph_name
 from gemma3_compile.weights_writer import WeightsWriter, ledger
-from graphs.onnx_lowering.context import Activations, OrtOptions
 from graphs.onnx_lowering.lower import bind_weights
 from graphs.weights import BlockFormat, WeightsPlan
 from graphs.weights_file import WeightsFile, WeightsLayout
 from runtimes.bundle_writer import BundleWriter, source_date
-from runtimes.errors import UsageError
-from runtimes.manifest import CacheFacts, Manifest, Scalar, TokenizerFacts, WeightFacts
+from runtimes.manifest import Manifest, TokenizerFacts
 from runtimes.peak_memory import peak_rss_bytes
 from runtimes.progress import SILENT, Progress
 from runtimes.tokenizer import Tokenizer
 from runtimes.version import __version__
 
-Rounding = Literal["calibrated", "nearest"]
-PREFILL_CHUNK = 1024
-"""Tokens of a prompt at a time: MatMulNBits unpacks its weights once for all of them."""
+__all__ = ["BuildPlan", "BuildRequest", "Decision", "Rounding", "build", "plan"]
+
 WEIGHTS, LEDGER, TOKENIZER = "weights.safetensors", "weights.json", "tokenizer.model"
 _NOT_HASHED = "0" * 64
 WRITING_BYTES = 225 * 2**20
 """What writing weights takes on top of the traced graphs: a chunk in fp32, its codes and what rounding needs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildRequest:
-    """What is to be built. ``context`` is only what a plan counts the caches for; a bundle takes any."""
-
-    target: str
-    out: Path
-    size: str | None = None
-    checkpoint: str | Path | None = None
-    random_seed: int | None = None
-    dtype: Dtype = "auto"
-    activations: Activations | None = None
-    """None takes the default of ``dtype``."""
-    overwrite: bool = False
-    context: int | None = None
-    rounding: Rounding | None = None
-    """How int4 is rounded. None calibrates, but for random weights, which no text tells anything of."""
-    calibration: Path | None = None
-    token: str | None = None
-    offline: bool = False
-    revision: str | None = None
-    empty_weights: bool = False
-    """Lays the weights file out but writes nothing into it: a hole of zeros, to time a build or look at its graphs.
-    The hole is not hashed, so ``verify`` says that the weights are not what the manifest tells."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildPlan:
-    """What a build would take, in bytes, before anything is written."""
-
-    size: str
-    source: str
-    weights_bytes: int
-    context: int
-    cache_bytes: int
-    peak_bytes: int
-    notes: tuple[str, ...]
-
-
 def build(request: BuildRequest, progress: Progress = SILENT) -> Path:
     """Compiles a checkpoint into a bundle at ``request.out``; all of it is there afterwards, or nothing.
 
     Raises:
-        UsageError, CheckpointError, ConfigError, ExportError, BundleError: as the message says.
+        UsageError, HostError, CheckpointError, ConfigError, ExportError, BundleError: as the message says.
     """
-    _require_target(request.target)
+    target = target_of(request)
     with _open(request) as checkpoint, BundleWriter(request.out, overwrite=request.overwrite) as writer:
         for warning in checkpoint.warnings:
             progress.note(warning)
-        formats = choose_formats(checkpoint, request.dtype)
-        options = OrtOptions(activations=request.activations or default_activations(request.dtype))
-        compiled = compile_for_ort(checkpoint.config, formats, options, progress=progress)
-        plan = WeightsPlan.merge(stage.lowered.stored for stage in compiled)
-        layout = WeightsLayout(plan)
-        if not request.empty_weights:
-            writer.reserve(layout.size_bytes)
-        graphs = _write_graphs(writer, compiled, layout)
-        calibrated: frozenset[str] = frozenset()
-        with WeightsFile(writer.path(WEIGHTS), layout) as file:
-            if not request.empty_weights:
-                rounded = _calibrated(request, checkpoint, formats, progress)
-                weights = WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=rounded)
-                calibrated = weights.write(progress)
-        if request.empty_weights:
-            writer.register(WEIGHTS, _NOT_HASHED, layout.size_bytes)
-        _write_json(writer, LEDGER, ledger(plan, checkpoint, _describe(checkpoint, calibrated)))
+        config = checkpoint.config
+        formats = target.formats(checkpoint)
+        target.prepare(config, writer, progress)
+        compiled = target.compile(config, formats, progress)
+        weights = WeightsPlan.merge(stage.lowered.stored for stage in compiled)
+        layout = WeightsLayout(weights)
+        _write_graphs(writer, compiled, layout)
+        calibrated = _write_weights(request, writer, checkpoint, weights, layout, formats, progress)
+        _write_json(writer, LEDGER, ledger(weights, checkpoint, _describe(checkpoint, calibrated)))
         tokenizer = _write_tokenizer(writer, checkpoint, progress)
-        manifest = _manifest(checkpoint, compiled, graphs, formats, request.dtype, options, tokenizer)
-        return writer.finish(manifest, progress).root
+        target.finish(config, compiled, writer, progress)
+        facts = target.facts(config, formats, weights=WEIGHTS, ledger=LEDGER)
+        return writer.finish(_manifest(checkpoint, compiled, facts, tokenizer), progress).root
 
 
 def plan(request: BuildRequest) -> BuildPlan:
     """What ``build`` would write and take. Traces the graphs, reads no weights."""
-    _require_target(request.target)
+    target = target_of(request)
     with _open(request) as checkpoint:
         config = checkpoint.config
-        formats = choose_formats(checkpoint, request.dtype)
-        compiled = compile_for_ort(config, formats, OrtOptions())
+        context = target.context(config)
+        compiled = target.compile(config, target.formats(checkpoint))
         weights = WeightsLayout(WeightsPlan.merge(stage.lowered.stored for stage in compiled)).size_bytes
-        context = request.context or config.text.max_context
-        if context > config.text.max_context:
-            raise UsageError(f"the context {context} is longer than the {config.text.max_context} of {config.name}")
         return BuildPlan(
+            target=request.target,
             size=config.name,
             source=checkpoint.source,
             weights_bytes=weights,
             context=context,
-            cache_bytes=cache_bytes(config.text, context),
-            peak_bytes=(peak_rss_bytes() or 0) + WRITING_BYTES,
+            cache_bytes=target.cache_bytes(config, context),
+            peak_bytes=(peak_rss_bytes() or 0) + max(WRITING_BYTES, target.peak_bytes(weights)),
+            decisions=target.decisions(),
             notes=checkpoint.warnings,
-        )
-
-
-def window_slack(text: TextConfig) -> int:
-    """Slots that a local layer gets beyond its window, so that a full cache moves its rows once in that many tokens."""
-    return max(1, text.sliding_window // 16)
-
-
-def cache_bytes(text: TextConfig, context: int) -> int:
-    """Keys and values of one sequence in fp32: the window and its slack on local layers, ``context`` on global ones."""
-    local = text.sliding_window + window_slack(text)
-    slots = sum(local if kind == "local" else context for kind in text.layer_kinds)
-    return slots * 2 * text.num_kv_heads * text.head_dim * 4
-
-
-def _require_target(target: str) -> None:
-    if target != "ort":
-        raise UsageError(
-            f"this version builds the target `ort`; `{target}` is not there yet", hint="leave out --target"
         )
 
 
@@ -178,15 +112,32 @@ def _open(request: BuildRequest) -> Checkpoint:
     return checkpoint
 
 
-def _write_graphs(writer: BundleWriter, compiled: tuple[CompiledStage, ...], layout: WeightsLayout) -> dict[str, str]:
-    """Saves each stage's ONNX file, its initializers pointing into the weights file; stage to file name."""
-    graphs: dict[str, str] = {}
+def _write_graphs(writer: BundleWriter, compiled: Sequence[CompiledStage], layout: WeightsLayout) -> None:
+    """Saves each stage's ONNX file, its initializers pointing into the weights file."""
     for stage in compiled:
-        name = f"{stage.stage.name}.onnx"
         bind_weights(stage.lowered, file=WEIGHTS, offsets=layout.offsets, folder=writer.folder)
-        writer.path(name).write_bytes(ir.to_proto(stage.lowered.model).SerializeToString(deterministic=True))
-        graphs[stage.stage.name] = name
-    return graphs
+        proto = ir.to_proto(stage.lowered.model)
+        writer.path(graph_name(stage.stage.name)).write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _write_weights(
+    request: BuildRequest,
+    writer: BundleWriter,
+    checkpoint: Checkpoint,
+    plan: WeightsPlan,
+    layout: WeightsLayout,
+    formats: Mapping[str, BlockFormat],
+    progress: Progress,
+) -> frozenset[str]:
+    """Writes the weights file, or leaves it a hole; the names that were rounded with calibration."""
+    if request.empty_weights:
+        with WeightsFile(writer.path(WEIGHTS), layout):
+            writer.register(WEIGHTS, _NOT_HASHED, layout.size_bytes)
+        return frozenset()
+    writer.reserve(layout.size_bytes)
+    with WeightsFile(writer.path(WEIGHTS), layout) as file:
+        rounded = _calibrated(request, checkpoint, formats, progress)
+        return WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=rounded).write(progress)
 
 
 def _calibrated(
@@ -217,6 +168,10 @@ def _describe(checkpoint: Checkpoint, calibrated: Container[str]) -> Callable[[s
             grid = checkpoint.grid_info(source)
             assert grid is not None
             return f"the checkpoint's own {grid.kind} grid, exactly"
+        if keeps_codes(checkpoint, source, form):
+            grid = checkpoint.grid_info(source)
+            assert grid is not None
+            return f"the checkpoint's own {grid.kind} codes, scales rounded to {form.scales}"
         return "rounded to nearest"
 
     return how
@@ -232,38 +187,24 @@ def _write_tokenizer(writer: BundleWriter, checkpoint: Checkpoint, progress: Pro
 
 
 def _manifest(
-    checkpoint: Checkpoint,
-    compiled: tuple[CompiledStage, ...],
-    graphs: Mapping[str, str],
-    formats: dict[str, BlockFormat],
-    dtype: Dtype,
-    options: OrtOptions,
-    tokenizer: TokenizerFacts | None,
+    checkpoint: Checkpoint, compiled: Sequence[CompiledStage], facts: TargetFacts, tokenizer: TokenizerFacts | None
 ) -> Manifest:
     versions = {package: metadata.version(package) for package in ("torch", "onnx", "onnx-ir")}
+    stages = {s.stage.name: stage_facts(s.stage, graph_name(s.stage.name)) for s in compiled}
     return Manifest(
-        producer={"gemma3c": __version__, **versions, "checkpoint": checkpoint.source},
+        producer={"gemma3c": __version__, **versions, **facts.versions, "checkpoint": checkpoint.source},
         created=source_date(),
-        target="ort",
+        target=facts.target,
         model=model_facts(checkpoint.config, checkpoint.image_settings()),
-        caches=CacheFacts(dtype="float32", local_layout="compact"),
-        stages={s.stage.name: stage_facts(s.stage, graphs[s.stage.name]) for s in compiled},
-        weights=WeightFacts(file=WEIGHTS, dtype=stored_dtype(formats, dtype), ledger=LEDGER),
+        caches=facts.caches,
+        stages={name: replace(stage, plan=facts.plans.get(name)) for name, stage in stages.items()},
+        weights=facts.weights,
         tokenizer=tokenizer,
         probes={s.stage.name: tuple(s.lowered.probes.values()) for s in compiled},
-        settings=_settings(checkpoint.config, options, quantised=bool(formats)),
+        settings=facts.settings,
+        gpu_architectures=facts.gpu_architectures,
+        tuning_records=facts.tuning_records,
     )
-
-
-def _settings(config: ModelConfig, options: OrtOptions, *, quantised: bool) -> dict[str, Scalar]:
-    """What only this target's runtime reads; docs/runtime.md lists the keys."""
-    settings: dict[str, Scalar] = {
-        "image_in_place": True,
-        "graph_optimization": "all",
-        "window_slack": window_slack(config.text),
-        "prefill_chunk": PREFILL_CHUNK,
-    }
-    return {**settings, "activations": options.activations} if quantised else settings
 
 
 def _write_json(writer: BundleWriter, name: str, data: object) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gemma3_compile.blocks import Blocks, keeps_grid, kept_blocks
+from gemma3_compile.blocks import Blocks, as_stored, keeps_codes, kept_blocks
 from gemma3_compile.checkpoints import Checkpoint
-from gemma3_compile.quantize.rounding import quantize_rtn
+from gemma3_compile.quantize.rounding import in_blocks, quantize_rtn
 from graphs.weights import BlockFormat, Part, StoredTensor, Weight, WeightsPlan
 from graphs.weights_file import WeightsFile
 from runtimes.progress import SILENT, Advance, Progress
@@ -76,7 +76,7 @@ class WeightsWriter:
         return self.checkpoint.info(source).shape
 
     def _bytes(self, source: str, places: list[SourceSpan]) -> int:
-        row_bytes = sum(entry.size_bytes // entry.shape[0] for place in places for entry in place.entries)
+        row_bytes = sum(e.size_bytes // e.weight.shape[0] for place in places for e in place.entries)
         return row_bytes * self._shape(source)[0]
 
     def _write_source(self, source: str, places: list[SourceSpan], blocks: Blocks | None, advance: Advance) -> None:
@@ -99,25 +99,33 @@ class WeightsWriter:
         return {part: rows.part(part, form) for part in form.parts}
 
     def _blocks(self, source: str, form: BlockFormat, start: int, stop: int) -> Blocks:
-        if keeps_grid(self.checkpoint, source, form):
+        if keeps_codes(self.checkpoint, source, form):
             return kept_blocks(self.checkpoint, source, start, stop, form)
         rows = self.checkpoint.read_rows(source, start, stop).float()
         return round_to_nearest(rows, form)
 
 
 def round_to_nearest(rows: torch.Tensor, form: BlockFormat) -> Blocks:
-    """Plain rounding to ``form``."""
-    codes, scales, zeros = quantize_rtn(rows, form.bits, form.block_size, form.zero_points == "integer")
+    """Plain rounding to ``form``. Codes are chosen for the scales as they are stored."""
+    if form.codes == "e4m3":
+        return _round_to_e4m3(rows)
+    block_size = form.block_size or rows.shape[1]
+    codes, scales, zeros = quantize_rtn(rows, form.bits, block_size, form.zero_points == "integer")
+    if form.scales != "float32":
+        scales = scales.to(getattr(torch, form.scales)).float()
+        middle = 1 << (form.bits - 1)
+        steps = (in_blocks(rows, block_size) / scales[:, :, None]).round().clamp(-middle, middle - 1)
+        codes = (steps + middle).to(torch.uint8).flatten(1)[:, : rows.shape[1]].contiguous()
     return Blocks(codes=codes, scales=scales, zeros=zeros)
 
 
-def as_stored(values: torch.Tensor, dtype: str) -> npt.NDArray[np.generic]:
-    """fp32 values in the width of the stored dtype; bfloat16 as its bits."""
-    if dtype == "bfloat16":
-        bits: npt.NDArray[np.generic] = values.to(torch.bfloat16).view(torch.int16).numpy()
-        return bits
-    plain: npt.NDArray[np.generic] = values.to(getattr(torch, dtype)).numpy()
-    return plain
+def _round_to_e4m3(rows: torch.Tensor) -> Blocks:
+    """Each row's largest magnitude becomes e4m3's own; the scale is rounded to bfloat16 before the codes are chosen."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scales = (rows.abs().amax(1, keepdim=True) / largest).clamp(min=torch.finfo(torch.bfloat16).tiny)
+    scales = scales.to(torch.bfloat16).float()
+    codes = (rows / scales).clamp(-largest, largest).to(torch.float8_e4m3fn)
+    return Blocks(codes=codes.view(torch.uint8), scales=scales)
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -160,12 +168,21 @@ def _steps(entry: StoredTensor, how: Callable[[str, BlockFormat], str]) -> list[
         return [*steps, f"stored as {weight.dtype}"]
     form = weight.format
     methods = dict.fromkeys(how(source, form) for source in weight.sources)
-    steps.append(f"{form.bits} bits in blocks of {form.block_size}: {'; '.join(methods)}")
+    steps.append(f"{_kind(form)}: {'; '.join(methods)}")
     meaning = {
-        "codes": "codes, packed",
-        "scales": "one scale a block",
+        "codes": "codes, transposed" if form.whole_rows else "codes, packed",
+        "scales": "one scale a row" if form.whole_rows else "one scale a block",
         "zeros": "one integer zero point a block, packed",
         "minimums": "one minimum a block, less half the code range times the scale",
         "values": "values",
     }
     return [*steps, f"this tensor: {meaning[entry.part]}"]
+
+
+def _kind(form: BlockFormat) -> str:
+    """A format in words; `validate` reads them back."""
+    blocks = "rows" if form.whole_rows else f"blocks of {form.block_size}"
+    if form.codes == "unsigned":
+        return f"{form.bits} bits in {blocks}"
+    codes = "e4m3" if form.codes == "e4m3" else f"{form.bits} signed bits"
+    return f"{codes} in {blocks} with {form.scales} scales"

@@ -74,3 +74,10 @@ def ints_arg(node: fx.Node, index: int) -> list[int]:
             f"node `{node.name}` ({node.target}): argument {index} must be whole numbers, but got {list(values)!r}"
         )
     return numbers
+
+
+def only_arguments(node: fx.Node, count: int) -> None:
+    """Refuses arguments beyond the first ``count``, which a rule would otherwise drop without a word."""
+    extra = [*node.args[count:], *node.kwargs.items()]
+    if extra:
+        raise ExportError(f"node `{node.name}` ({node.target}): its arguments {extra} cannot be lowered")

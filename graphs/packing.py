@@ -14,12 +14,19 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def pack_codes(codes_NK: Bytes, form: BlockFormat) -> Bytes:
-    """Codes, one a byte, to [N, n, b * bits / 8]. The last block is filled up with the middle code."""
+    """Codes, one a byte, to [N, n, b * bits / 8]. The last block is filled up with the middle code.
+
+    Signed ones lie in two's complement, each less the middle code. With one scale a row they are bytes, [N, K].
+    """
+    if form.whole_rows:
+        return codes_NK if form.codes == "e4m3" else codes_NK - np.uint8(1 << (form.bits - 1))
     rows, columns = codes_NK.shape
-    blocks = form.blocks(columns)
+    blocks, middle = form.blocks(columns), 1 << (form.bits - 1)
     if blocks * form.block_size != columns:
         fill = blocks * form.block_size - columns
-        codes_NK = np.pad(codes_NK, ((0, 0), (0, fill)), constant_values=1 << (form.bits - 1))
+        codes_NK = np.pad(codes_NK, ((0, 0), (0, fill)), constant_values=middle)
+    if form.codes == "signed":
+        codes_NK = (codes_NK - np.uint8(middle)) & np.uint8((1 << form.bits) - 1)
     return _pack(codes_NK, form.bits).reshape(rows, blocks, form.block_size * form.bits // 8)
 
 

@@ -28,7 +28,7 @@ class TensorSpec:
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
     """What a layer keeps: ``slots`` is ``"L"`` for a local layer (its window, and a slack where the target's
-    layout profits from one) and ``"C"`` for a global one (the context)."""
+    layout profits from one) and ``"C"`` for a global one (the context); a number where the target wants it static."""
 
     kv_heads: int
     slots: Dim
@@ -64,8 +64,10 @@ class Stage:
     outputs: tuple[TensorSpec, ...]
 
 
-def decoder_stage(shape: DecoderShape, *, image: bool) -> Stage:
+def decoder_stage(shape: DecoderShape, *, image: bool, name: StageName | None = None) -> Stage:
     """Token ids and caches to logits and caches; with ``image`` also image features and where they go.
+
+    ``name`` is for a target whose one decoder serves text and images; without it one for images is `decoder_image`.
 
     ``start`` is the position of each sequence's first token, ``length`` how many of its S tokens
     are real, ``rows`` which rows of the chunk to give logits for. ``feature_rows`` and
@@ -95,7 +97,8 @@ def decoder_stage(shape: DecoderShape, *, image: bool) -> Stage:
         ]
     outputs = [TensorSpec(name="logits", dtype="float32", shape=("B", "R", shape.vocab_size))]
     outputs += [TensorSpec(name=f"{c.name}.out", dtype=c.dtype, shape=c.shape) for c in caches]
-    return Stage(name="decoder_image" if image else "decoder", inputs=tuple(inputs), outputs=tuple(outputs))
+    name = name or ("decoder_image" if image else "decoder")
+    return Stage(name=name, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def vision_stage(shape: VisionShape) -> Stage:

@@ -14,7 +14,12 @@ from typing import Literal
 from runtimes.errors import ExportError
 
 ZeroPoints = Literal["none", "integer", "minimum"]
+Codes = Literal["unsigned", "signed", "e4m3"]
+ScaleDtype = Literal["float32", "bfloat16"]
 Part = Literal["values", "codes", "scales", "zeros", "minimums"]
+
+WHOLE_ROW = 0
+"""A block size: all columns, whatever their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +29,28 @@ class BlockFormat:
     ``zero_points``: ``none`` means 2**(bits-1); ``integer`` one packed integer a block; ``minimum``
     means w = (code - 2**(bits-1)) * scale - minimum with an fp32 minimum a block, which holds a
     q4_K grid exactly.
+
+    ``codes``: ``unsigned`` counts from 0; ``signed`` stores code - 2**(bits-1) in two's complement, of which
+    TensorRT's int4 is one; ``e4m3`` holds floating-point numbers of eight bits, w = code * scale.
+    ``block_size`` may be ``WHOLE_ROW`` for those two in eight bits: one scale a row. Such codes are stored
+    transposed, [columns, rows], the one form in which TensorRT multiplies by them as they are.
+    ``scales`` is the dtype in which scales are stored.
     """
 
     bits: Literal[4, 8]
     block_size: int
     zero_points: ZeroPoints
+    codes: Codes = "unsigned"
+    scales: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
+        if self.codes != "unsigned" and self.zero_points != "none":
+            raise ExportError(f"{self.codes} codes have no zero points, but got `{self.zero_points}`")
+        one_a_row = self.bits == 8 and self.whole_rows
+        if self.codes == "e4m3" and not one_a_row:
+            raise ExportError(f"e4m3 codes have eight bits and one scale a row, but got {self}")
+        if self.codes != "unsigned" and one_a_row:
+            return
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
             raise ExportError(f"`block_size` must be a power of two of at least 16, but got {self.block_size}")
 
@@ -40,8 +60,15 @@ class BlockFormat:
         last: dict[ZeroPoints, tuple[Part, ...]] = {"none": (), "integer": ("zeros",), "minimum": ("minimums",)}
         return ("codes", "scales", *last[self.zero_points])
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row has one scale, and the codes lie transposed."""
+        return self.block_size == WHOLE_ROW
+
     def blocks(self, columns: int) -> int:
         """Blocks in a row of ``columns`` weights; the last one may be padded."""
+        if self.whole_rows:
+            return 1
         return -(-columns // self.block_size)
 
 
@@ -70,9 +97,14 @@ class Weight:
             return (StoredTensor(name=self.name, dtype=self.dtype, shape=self.shape, part="values", weight=self),)
         rows, columns = self.shape
         bits, blocks = self.format.bits, self.format.blocks(columns)
+        codes: tuple[str, tuple[int, ...]] = ("uint8", (rows, blocks, self.format.block_size * bits // 8))
+        scales: tuple[int, ...] = (rows, blocks)
+        if self.format.whole_rows:
+            codes = ("float8_e4m3fn" if self.format.codes == "e4m3" else "int8", (columns, rows))
+            scales = (rows,)
         shapes: dict[Part, tuple[str, tuple[int, ...]]] = {
-            "codes": ("uint8", (rows, blocks, self.format.block_size * bits // 8)),
-            "scales": ("float32", (rows, blocks)),
+            "codes": codes,
+            "scales": (self.format.scales, scales),
             "zeros": ("uint8", (rows, -(-blocks * bits // 8))),
             "minimums": ("float32", (rows, blocks)),
         }
@@ -84,7 +116,7 @@ class Weight:
         )
 
 
-ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "uint8": 1}
+ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "uint8": 1, "int8": 1, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +128,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     part: Part
     weight: Weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight's rows are this entry's columns."""
+        return self.part == "codes" and self.weight.format is not None and self.weight.format.whole_rows
 
     @property
     def size_bytes(self) -> int:

@@ -16,10 +16,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from graphs.weights import StoredTensor, WeightsPlan
+from graphs.weights import ITEM_BYTES, StoredTensor, WeightsPlan
 
 PAGE_BYTES = 4096
-_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "uint8": "U8"}
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "uint8": "U8", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 
 
 class WeightsLayout:
@@ -81,13 +81,25 @@ class WeightsFile:
         os.close(self._handle)
 
     def write_rows(self, entry: StoredTensor, row: int, data: npt.NDArray[np.generic]) -> int:
-        """Writes rows of ``entry`` from ``row`` on; returns the bytes written. ``data`` has the stored dtype's width."""
+        """Writes rows of a weight from ``row`` on; returns the bytes written. ``data`` has the stored dtype's width."""
+        if entry.transposed:
+            return self._write_columns(entry, row, data)
         row_bytes = entry.size_bytes // entry.shape[0]
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         assert flat.nbytes % row_bytes == 0, f"{entry.name}: {flat.nbytes} bytes are no whole rows of {row_bytes}"
         assert row * row_bytes + flat.nbytes <= entry.size_bytes, f"{entry.name}: rows beyond its end"
         self._write(self.layout.offsets[entry.name] + row * row_bytes, flat.data)
         return flat.nbytes
+
+    def _write_columns(self, entry: StoredTensor, column: int, data: npt.NDArray[np.generic]) -> int:
+        """Writes rows of ``data`` as columns of ``entry`` from ``column`` on: a piece into each of its rows."""
+        item, (rows, columns) = ITEM_BYTES[entry.dtype], entry.shape
+        assert data.ndim == 2 and data.shape[1] == rows and data.itemsize == item, f"{entry.name}: {data.shape}"
+        assert column + len(data) <= columns, f"{entry.name}: columns beyond its end"
+        begin = self.layout.offsets[entry.name] + column * item
+        for index, piece in enumerate(np.ascontiguousarray(data.T).view(np.uint8)):
+            self._write(begin + index * columns * item, piece.data)
+        return data.nbytes
 
     def _write(self, offset: int, data: memoryview) -> None:
         while data:

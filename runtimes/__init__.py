@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from runtimes.conversation import Conversation
     from runtimes.engine import Engine
     from runtimes.errors import Gemma3CompileError
+    from runtimes.progress import Progress
     from runtimes.results import Generation, GenerationOptions, GenerationStats, Stream
     from runtimes.sampling import SamplingOptions
     from runtimes.session import Provider, Session, open_session
@@ -69,6 +70,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     chunk: int | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """Loads a bundle.
 
@@ -76,16 +78,20 @@ def load(
         path: the folder that ``gemma3c build`` wrote.
         provider: ``cpu``, ``cuda``, or ``auto``: CUDA where it is there and suits the bundle.
         threads: of the CPU; None takes the physical cores that this process may use.
-        context: the most tokens of prompt and answer together; None takes the model's own limit.
+        context: the most tokens of prompt and answer together; None takes the bundle's own limit.
         chunk: tokens of a prompt that go through the decoder at once; None takes the bundle's setting.
+        progress: is told of what takes long, such as the upload of weights to a GPU.
 
     Raises:
         BundleError: the bundle is missing, damaged, or too new.
         HostError: a package, provider or device is missing; the hint names the extra to install.
     """
     from runtimes.engine import Engine
+    from runtimes.progress import SILENT
 
-    return Engine.open(path, provider=provider, threads=threads, context=context, chunk=chunk)
+    return Engine.open(
+        path, provider=provider, threads=threads, context=context, chunk=chunk, progress=progress or SILENT
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,7 @@ class Engine:
     Args:
         session: a loaded bundle; the engine closes it.
         tokenizer: None where the bundle has none: prompts are then :class:`Prompt` objects, and results token ids.
-        context: the most tokens of prompt and answer together; None takes the model's own limit.
+        context: the most tokens of prompt and answer together; None takes the bundle's own limit.
         chunk: tokens of a prompt that go through the decoder at once; None takes the bundle's setting.
 
     Raises:
@@ -53,9 +53,15 @@ class Engine:
     ) -> None:
         model = session.manifest.model
         self.session, self.tokenizer = session, tokenizer
-        self.context = model.max_context if context is None else context
-        if not 1 <= self.context <= model.max_context:
-            raise UsageError(f"`1 <= context <= {model.max_context}` must hold, but got context={context}")
+        longest = session.max_context
+        self.context = longest if context is None else context
+        if not 1 <= self.context <= longest:
+            built = (
+                f"build the bundle again with --context {context}"
+                if longest < self.context <= model.max_context
+                else None
+            )
+            raise UsageError(f"`1 <= context <= {longest}` must hold, but got context={context}", hint=built)
         self.chunk = (
             int(session.manifest.settings.get("prefill_chunk", chunking.DEFAULT_CHUNK)) if chunk is None else chunk
         )
@@ -71,6 +77,7 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         chunk: int | None = None,
+        progress: Progress = SILENT,
     ) -> Self:
         """Loads the bundle at ``path``; the other arguments are those of the class and of ``open_session``."""
         bundle = Bundle.open(path)
@@ -78,7 +85,7 @@ class Engine:
         tokenizer = None
         if facts is not None:
             tokenizer = Tokenizer.from_file(bundle.path(facts.file), bundle.manifest.model.tokens)
-        session = open_session(bundle, provider=provider, threads=threads)
+        session = open_session(bundle, provider=provider, threads=threads, progress=progress)
         return cls(session, tokenizer, context=context, chunk=chunk)
 
     def generate(
@@ -204,12 +211,15 @@ class Engine:
             ContextError: the prompt alone is longer than the context.
         """
         if prompt_tokens > self.context:
-            longest = self.session.manifest.model.max_context
+            loadable, longest = self.session.max_context, self.session.manifest.model.max_context
+            more = "this is all that the model was made for"
+            if self.context < loadable:
+                more = f"or load with a context of up to {loadable}"
+            elif self.context < longest:
+                more = f"or build the bundle again with a --context of up to {longest}"
             raise ContextError(
                 f"the prompt has {prompt_tokens} tokens, but the context holds {self.context}",
-                hint=f"shorten the prompt, or load with a context of up to {longest}"
-                if self.context < longest
-                else "shorten the prompt: this is all that the model was made for",
+                hint=f"shorten the prompt{':' if self.context == longest else ','} {more}",
             )
         return min(self.context, prompt_tokens + options.max_tokens)
 

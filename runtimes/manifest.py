@@ -2,7 +2,8 @@
 
 The runtime learns everything from here (layer pattern, cache shapes, window, end tokens), never from
 the model's configuration. ``schema/manifest.schema.json`` is the published JSON Schema of the same
-fields; docs/bundle-format.md explains them. A change of any field raises ``SCHEMA_VERSION``.
+fields; docs/bundle-format.md explains them. A change of any field raises ``SCHEMA_VERSION``; all versions up to it are
+read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from runtimes import records
 from runtimes.errors import BundleError
 from runtimes.version import __version__
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 Target = Literal["ort", "trt", "cuda"]
@@ -147,11 +148,12 @@ class TensorFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class StageFacts:
-    """One compiled stage: the file that holds it, and its signature in order."""
+    """One compiled stage: the file that holds its graph, its signature in order, and for ``trt`` the plan made from it."""
 
     graph: str
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
+    plan: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ class WeightFacts:
     """
 
     file: str
-    dtype: Literal["float32", "bfloat16", "int8", "int4", "kept"]
+    dtype: Literal["float32", "bfloat16", "int8", "int4", "fp8", "kept"]
     ledger: str
 
 
@@ -213,7 +215,7 @@ class Manifest:
     tuning_records: tuple[str, ...] = ()
     receipt: str | None = None
     files: Mapping[str, FileFacts] = field(default_factory=dict)
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
         if "gemma3c" not in self.producer:
@@ -234,6 +236,8 @@ class Manifest:
         """Every (field, file name) at which the manifest points to a file."""
         for stage, facts in self.stages.items():
             yield f"stages[{stage!r}].graph", facts.graph
+            if facts.plan is not None:
+                yield f"stages[{stage!r}].plan", facts.plan
         yield "weights.file", self.weights.file
         yield "weights.ledger", self.weights.ledger
         if self.tokenizer is not None:

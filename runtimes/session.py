@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import ContextError, UsageError
+from runtimes.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from runtimes.bundle import Bundle
@@ -93,6 +94,12 @@ class Session(ABC):
     manifest: Manifest
     provider: str
     """Where it runs: ``cpu`` or ``cuda``."""
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens that caches can be opened for: what the model was made for, or fewer where a build fixed it."""
+        longest = self.manifest.model.max_context
+        return min(longest, int(self.manifest.settings.get("max_context", longest)))
 
     @abstractmethod
     def open_caches(self, batch: int, context: int) -> Caches:
@@ -173,28 +180,36 @@ def require_context(context: int, max_context: int) -> None:
         )
 
 
-def open_session(bundle: Bundle, *, provider: Provider = "auto", threads: int | None = None) -> Session:
+def open_session(
+    bundle: Bundle, *, provider: Provider = "auto", threads: int | None = None, progress: Progress = SILENT
+) -> Session:
     """Loads a bundle's decoder.
 
     Args:
         provider: ``auto`` takes CUDA where it is there and the bundle's caches suit it.
         threads: of the CPU; None takes the physical cores that this process may use.
+        progress: is told of what takes long.
 
     Raises:
         HostError: a package, provider or device is missing; the hint names the extra to install.
         UsageError: no such provider, or a target that this version cannot run.
-        BundleError: a graph cannot be loaded.
+        BundleError: a graph or plan cannot be loaded.
+        GpuError: the GPU has too little memory.
     """
     if provider not in ("auto", "cpu", "cuda"):
         raise UsageError(f"the provider must be one of auto, cpu, cuda, but got {provider!r}")
     if threads is not None and threads < 1:
         raise UsageError(f"`threads >= 1` must hold, but got {threads}")
     target = bundle.manifest.target
-    if target != "ort":
-        raise UsageError(
-            f"{bundle.root} was built for the target {target!r}, but this version runs bundles for 'ort' only",
-            hint="build it again with `--target ort`",
-        )
-    from runtimes.ort_session import OrtSession
+    if target == "ort":
+        from runtimes.ort_session import OrtSession
 
-    return OrtSession(bundle, provider=provider, threads=threads)
+        return OrtSession(bundle, provider=provider, threads=threads)
+    if target == "trt":
+        from runtimes.trt.session import TrtSession
+
+        return TrtSession(bundle, provider=provider, progress=progress)
+    raise UsageError(
+        f"{bundle.root} was built for the target {target!r}, but this version runs bundles for 'ort' and 'trt' only",
+        hint="build it again with `--target ort` or `--target trt`",
+    )

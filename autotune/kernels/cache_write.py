@@ -20,6 +20,7 @@ from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.cache_layout import kept_rows_BC, take_rows
+from autotune.kernels.dependent import best_dependent, dependent_refusal, release, wait
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -35,8 +36,10 @@ def cache_write_oracle(rows_BSGD: Tensor, cache_BGWD: Tensor, start_B: Tensor, l
 @triton.jit
 def _cache_write_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, start_ptr, length_ptr, tokens, window,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
+    wait(DEPENDENT)
     sequence = tl.program_id(2)
     length = tl.load(length_ptr + sequence)
     kept = tl.minimum(length, window)
@@ -110,11 +113,13 @@ def _launch(config: Config, tensors: Tensors) -> Launch:
         constants=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=bool(config.constants["DEPENDENT"]),
     )
 
 
-def _default(head_dim: int) -> Config:
-    return Config(constants={"BLOCK_ROWS": min(64, 4096 // head_dim)}, num_warps=4, num_stages=1)
+def _default(head_dim: int, dependent: int = 0) -> Config:
+    constants = {"BLOCK_ROWS": min(64, 4096 // head_dim), "DEPENDENT": dependent}
+    return Config(constants=constants, num_warps=4, num_stages=1)
 
 
 class CacheWrite(Kernel):
@@ -143,16 +148,17 @@ class CacheWrite(Kernel):
         return f"{case.dtype} rows<={rows} kv_heads={dims['kv_heads']} head_dim={dims['head_dim']}"
 
     def space(self, case: Case) -> Space:
-        return Space(constants={"BLOCK_ROWS": (2, 4, 8, 16, 32, 64)}, num_warps=(1, 2, 4, 8), num_stages=(1,))
+        constants = {"BLOCK_ROWS": (2, 4, 8, 16, 32, 64), "DEPENDENT": (0, 1)}
+        return Space(constants=constants, num_warps=(1, 2, 4, 8), num_stages=(1,))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         values = 2 * config.constants["BLOCK_ROWS"] * case.dims["head_dim"]
         if values > 128 * 32 * config.num_warps:
             return f"{values} values in {config.num_warps} warps take more than 64 registers a thread"
-        return None
+        return dependent_refusal(config.constants["DEPENDENT"], gpu)
 
     def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["head_dim"])
+        return _default(case.dims["head_dim"], best_dependent(gpu))
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         batch, tokens, kv_heads, head_dim, window = (

@@ -5,10 +5,16 @@ a product needs it), D head_dim, L slots of the cache, K keys of a block, P spli
 
     out = softmax_j(scale * q . k_j) v_j    over the slots j < min(position + 1, L)
 
-Softmax does not ask for an order, so that a ring that has wrapped is read like a linear cache. The keys of a sequence
-are dealt out to P programs in whole blocks, as evenly as blocks allow, whatever its length; a program without a block
-leaves at once, and so does every program of an idle sequence (position -1) but the one that writes its zeros. A program
-takes all R heads that share a key-value head: keys and values are read once. Slots past the position are never read.
+Softmax does not ask for an order, so that a ring that has wrapped is read like a linear cache. The older keys of a
+sequence are dealt out to P programs in whole blocks, as evenly as blocks allow, whatever its length; a program without a
+block leaves at once, and so does every program of an idle sequence (position -1) but the one that writes its zeros. A
+program takes all R heads that share a key-value head: keys and values are read once. Slots past the position are never
+read.
+
+The token's own key and value stand apart: they, and q, are what the launch just before has written. All others are of an
+earlier step, and so is the position (where a launch writes it, that is the last one of a step). A dependent launch asks
+for its first blocks while the one before it still runs; the wait stands in the loop, behind the loads that the pipeline
+begins with. The last program of a sequence then starts its softmax with the token's own key, which the blocks leave out.
 
 Each program stores its own normalised output and the base-2 logarithm of its sum. The last one of a sequence and head
 to arrive joins them:
@@ -32,9 +38,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.chosen import chosen_config
 from autotune.draw import Draw
-from autotune.gpu import GPUS, Gpu, present
+from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
+from autotune.kernels.dependent import best_dependent, dependent_refusal, release, wait
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -44,6 +52,7 @@ LOG2_E = 1.4426950408889634
 HEAD_DIMS = (16, 32, 64, 128, 256)
 PRODUCT_ROWS = 16
 """Rows of the least matrix product; those past R are zeros."""
+_WIDE_BYTES = 147456
 _JOINED_VALUES = 8192
 """Of the parts, what a program holds at a time when it joins them, at most 64 in a thread's registers."""
 
@@ -64,19 +73,20 @@ def decode_oracle(q_B1ND: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, position_B: Te
 def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr, slots, kv_heads, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_K: tl.constexpr, COMBINE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, COMBINE: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
     split = tl.program_id(0)
     group = tl.program_id(2) * kv_heads + tl.program_id(1)
     dim_D = tl.arange(0, HEAD_DIM)
     member_R = tl.arange(0, ROWS)
     inside_R1 = (member_R < GROUP)[:, None]
     offset_RD = member_R[:, None] * HEAD_DIM + dim_D[None, :]
-    # Asked for before the position is there: both are on their way at once.
-    q_RD = tl.load(q_ptr + group * (GROUP * HEAD_DIM) + offset_RD, inside_R1, other=0.0)
-    keys = tl.minimum(tl.load(position_ptr + tl.program_id(2)) + 1, slots)
-    blocks = tl.cdiv(keys, BLOCK_K)
-    active = tl.maximum(tl.minimum(blocks, SPLITS), 1)  # an idle sequence keeps one program, without a block
+    position = tl.load(position_ptr + tl.program_id(2))
+    newest = position % slots  # -1 of an idle sequence
+    older = tl.minimum(position, slots)  # slots below it may be read, but for the newest
+    blocks = tl.maximum(tl.cdiv(older, BLOCK_K), 1)
+    active = tl.minimum(blocks, SPLITS)
     if split >= active:
         return
     each = blocks // SPLITS
@@ -86,15 +96,27 @@ def _decode_attention_kernel(
     k_ptr += group.to(tl.int64) * slots * HEAD_DIM
     v_ptr += group.to(tl.int64) * slots * HEAD_DIM
 
+    q_RD = tl.zeros([ROWS, HEAD_DIM], q_ptr.dtype.element_ty)
     max_R = tl.full([ROWS], -float("inf"), tl.float32)
     sum_RK = tl.zeros([ROWS, BLOCK_K], tl.float32)  # summed over K once, at the end
     acc_RD = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for block in tl.range(begin, end, num_stages=STAGES):
         key_K = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside_K = key_K < keys  # at least one key of every block is
+        inside_K = (key_K < older) & (key_K != newest)
         offset_KD = key_K[:, None] * HEAD_DIM + dim_D[None, :]
         k_KD = tl.load(k_ptr + offset_KD, inside_K[:, None], other=0.0)
         v_KD = tl.load(v_ptr + offset_KD, inside_K[:, None], other=0.0)
+        if block == begin:
+            wait(DEPENDENT)
+            # An idle sequence sees one key, of zeros, with a query of zeros.
+            q_RD = tl.load(q_ptr + group * (GROUP * HEAD_DIM) + offset_RD, inside_R1 & (position >= 0), other=0.0)
+            if split == active - 1:
+                there_D = (dim_D < HEAD_DIM) & (position >= 0)
+                k_D = tl.load(k_ptr + newest * HEAD_DIM + dim_D, there_D, other=0.0).to(tl.float32)
+                v_D = tl.load(v_ptr + newest * HEAD_DIM + dim_D, there_D, other=0.0).to(tl.float32)
+                max_R = tl.sum(q_RD.to(tl.float32) * k_D[None, :], 1) * scale_log2
+                sum_RK += (tl.arange(0, BLOCK_K) == 0).to(tl.float32)[None, :]
+                acc_RD += v_D[None, :]
         s_RK = tl.where(inside_K[None, :], tl.dot(q_RD, tl.trans(k_KD)) * scale_log2, -float("inf"))
         new_R = tl.maximum(max_R, tl.max(s_RK, 1))
         keep_R1 = tl.exp2(max_R - new_R)[:, None]
@@ -103,9 +125,22 @@ def _decode_attention_kernel(
         acc_RD = tl.dot(p_RK.to(v_KD.dtype), v_KD, acc_RD * keep_R1)
         max_R = new_R
     sum_R = tl.sum(sum_RK, 1)
-    sum_R = tl.where(sum_R > 0, sum_R, 1.0)
-    o_RD = acc_RD / sum_R[:, None]
+    _deliver(
+        acc_RD / sum_R[:, None], max_R + tl.log2(sum_R), partial_ptr, lse_ptr, arrived_ptr, out_ptr,
+        group, split, active, GROUP, HEAD_DIM, ROWS, GROUP_ROWS, SPLITS, COMBINE,
+    )  # fmt: skip
 
+
+@triton.jit
+def _deliver(
+    o_RD, lse_R, partial_ptr, lse_ptr, arrived_ptr, out_ptr, group, split, active,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    COMBINE: tl.constexpr,
+):  # fmt: skip
+    """Stores the output where a program is the only one, else its part; the last to come joins them."""
+    member_R = tl.arange(0, ROWS)
+    inside_R1 = (member_R < GROUP)[:, None]
+    offset_RD = member_R[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     out_ptr += group * (GROUP * HEAD_DIM)
     if active == 1:
         tl.store(out_ptr + offset_RD, o_RD.to(out_ptr.dtype.element_ty), inside_R1)
@@ -113,7 +148,7 @@ def _decode_attention_kernel(
         partial_ptr += group.to(tl.int64) * (SPLITS * GROUP * HEAD_DIM)
         lse_ptr += group * (SPLITS * GROUP)
         tl.store(partial_ptr + split * (GROUP * HEAD_DIM) + offset_RD, o_RD, inside_R1)
-        tl.store(lse_ptr + split * GROUP + member_R, max_R + tl.log2(sum_R), member_R < GROUP)
+        tl.store(lse_ptr + split * GROUP + member_R, lse_R, member_R < GROUP)
         tl.debug_barrier()  # the stores of all threads come before the one thread's addition
         if tl.atomic_add(arrived_ptr + group, 1, sem="acq_rel", scope="gpu") == active - 1:
             tl.store(arrived_ptr + group, 0)
@@ -125,7 +160,11 @@ def _combine(
     partial_ptr, lse_ptr, out_ptr, active,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
-    """Joins the parts of ``active`` splits, COMBINE at a time, both loads of a step on their way at once."""
+    """Joins the parts of ``active`` splits, COMBINE at a time, both loads of a step on their way at once.
+
+    Heads come before parts, so that the threads of four warps share out the columns of all heads, and the sum over parts
+    stays within a thread.
+    """
     dim_D = tl.arange(0, HEAD_DIM)
     member_R = tl.arange(0, ROWS)
     max_R = tl.full([ROWS], -float("inf"), tl.float32)
@@ -133,16 +172,16 @@ def _combine(
     acc_RD = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for first in tl.range(0, active, COMBINE):
         split_P = first + tl.arange(0, COMBINE)
-        inside_PR = (split_P < active)[:, None] & (member_R < GROUP)[None, :]
-        row_PR = split_P[:, None] * GROUP + member_R[None, :]
-        offset_PRD = row_PR[:, :, None] * HEAD_DIM + dim_D[None, None, :]
-        lse_PR = tl.load(lse_ptr + row_PR, inside_PR, other=-float("inf"), cache_modifier=".cg")
-        o_PRD = tl.load(partial_ptr + offset_PRD, inside_PR[:, :, None], other=0.0, cache_modifier=".cg")
-        new_R = tl.maximum(max_R, tl.max(lse_PR, 0))
+        inside_RP = (member_R < GROUP)[:, None] & (split_P < active)[None, :]
+        row_RP = member_R[:, None] + split_P[None, :] * GROUP
+        offset_RPD = row_RP[:, :, None] * HEAD_DIM + dim_D[None, None, :]
+        lse_RP = tl.load(lse_ptr + row_RP, inside_RP, other=-float("inf"), cache_modifier=".cg")
+        o_RPD = tl.load(partial_ptr + offset_RPD, inside_RP[:, :, None], other=0.0, cache_modifier=".cg")
+        new_R = tl.maximum(max_R, tl.max(lse_RP, 1))
         keep_R = tl.exp2(max_R - new_R)
-        weight_PR = tl.exp2(lse_PR - new_R[None, :])
-        sum_R = sum_R * keep_R + tl.sum(weight_PR, 0)
-        acc_RD = acc_RD * keep_R[:, None] + tl.sum(weight_PR[:, :, None] * o_PRD, 0)
+        weight_RP = tl.exp2(lse_RP - new_R[:, None])
+        sum_R = sum_R * keep_R + tl.sum(weight_RP, 1)
+        acc_RD = acc_RD * keep_R[:, None] + tl.sum(weight_RP[:, :, None] * o_RPD, 1)
         max_R = new_R
     o_RD = acc_RD / sum_R[:, None]
     offset_RD = member_R[:, None] * HEAD_DIM + dim_D[None, :]
@@ -179,9 +218,10 @@ def decode(
     for name, (tensor, shape) in expected.items():
         check_tensor(name, tensor, shape=shape, dtypes=(torch.bfloat16,), device=q_B1ND.device)
     check_tensor("position", position_B, shape=(batch,), dtypes=(torch.int32,), device=q_B1ND.device)
-    if config is None:
-        gpu = present(q_B1ND.device.index or 0) if q_B1ND.is_cuda else GPUS["h100"]
-        config = kernel.heuristic(batch, kv_heads, slots, gpu)
+    if config is None:  # how many keys there are stands on the GPU: as many as there are slots, at most
+        dims = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        dims |= {"slots": slots, "keys": slots, "scale_dim": head_dim}
+        config = chosen_config(kernel, Case(dtype="bfloat16", dims=dims), q_B1ND.device)
     written = _outputs(batch, heads, kv_heads, head_dim, config, q_B1ND.device)
     tensors = {"q": q_B1ND, "k_cache": k_BGLD, "v_cache": v_BGLD, "position": position_B} | written
     _launch(config, tensors, scale).run()
@@ -233,6 +273,7 @@ def _launch(config: Config, tensors: Tensors, scale: float) -> Launch:
         constants=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=bool(config.constants["DEPENDENT"]),
     )
 
 
@@ -247,6 +288,8 @@ class DecodeAttention(Kernel):
     """Numbers of splits worth a try, 1 among them."""
     PROGRAMS: ClassVar[int]
     """How many programs for each multiprocessor the heuristic starts."""
+    WIDE: ClassVar[bool]
+    """Whether the heuristic prefers blocks of 64 keys."""
 
     def use(self, name: str, model: ModelShapes, count: int, *, batch: int, slots: int, keys: int) -> tuple[Use, ...]:
         """The one case of a step."""
@@ -255,10 +298,13 @@ class DecodeAttention(Kernel):
         return (Use(name=name, case=Case(dtype="bfloat16", dims=dims), count=count),)
 
     def heuristic(self, batch: int, kv_heads: int, slots: int, gpu: Gpu) -> Config:
-        """Blocks of 32 keys take 75 KB of shared memory at head_dim 256, which every GPU has."""
-        most = max(1, min(self.PROGRAMS * gpu.multiprocessors // (batch * kv_heads), triton.cdiv(slots, 32)))
+        """Long caches in blocks of 64 keys where the GPU has the 147 KB of shared memory that they take at head_dim 256."""
+        wide = self.WIDE and gpu.shared_bytes >= _WIDE_BYTES
+        block = 64 if wide else 32
+        most = max(1, min(self.PROGRAMS * gpu.multiprocessors // (batch * kv_heads), triton.cdiv(slots, block)))
         splits = max(count for count in self.SPLITS if count <= most)
-        return Config(constants={"SPLITS": splits, "BLOCK_K": 32}, num_warps=4, num_stages=3)
+        constants = {"SPLITS": splits, "BLOCK_K": block, "DEPENDENT": best_dependent(gpu)}
+        return Config(constants=constants, num_warps=8 if wide else 4, num_stages=2 if splits * block >= slots else 3)
 
     def default(self, case: Case, gpu: Gpu) -> Config:
         return self.heuristic(case.dims["batch"], case.dims["kv_heads"], case.dims["slots"], gpu)
@@ -272,19 +318,18 @@ class DecodeAttention(Kernel):
     def space(self, case: Case) -> Space:
         most = triton.cdiv(case.dims["slots"], 16)
         splits = tuple(count for count in self.SPLITS if count <= most)
-        return Space(
-            constants={"SPLITS": splits, "BLOCK_K": (16, 32, 64, 128)}, num_warps=(2, 4, 8), num_stages=(2, 3, 4, 5)
-        )
+        constants = {"SPLITS": splits, "BLOCK_K": (16, 32, 64, 128), "DEPENDENT": (0, 1)}
+        return Space(constants=constants, num_warps=(2, 4, 8), num_stages=(2, 3, 4, 5))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         block, head_dim = config.constants["BLOCK_K"], case.dims["head_dim"]
         buffers = max(1, config.num_stages - 1) * 2 * block * head_dim
-        shared = 2 * (buffers + PRODUCT_ROWS * (head_dim + block))
+        shared = 2 * (buffers + PRODUCT_ROWS * (head_dim + max(block, head_dim)))
         if shared > gpu.shared_bytes:
             return f"takes {shared} bytes of shared memory; {gpu.name} has {gpu.shared_bytes} for a program"
         if block * head_dim > 32 * 8 * 32 * config.num_warps:
             return f"a block of {block} keys is loaded through more than 32 addresses by each thread of {config.num_warps} warps"
-        return None
+        return dependent_refusal(config.constants["DEPENDENT"], gpu)
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         batch, heads, kv_heads, head_dim, slots, keys = (

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
+from autotune.kernels.dependent import best_dependent, dependent_refusal, release, wait
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -102,8 +103,10 @@ def _codes(packed: Tensor, bits: int) -> Tensor:
 @triton.jit
 def _embed_kernel(
     ids_ptr, table_ptr, scales_ptr, zeros_ptr, features_ptr, feature_rows_ptr, y_ptr, vocab, factor,
-    HIDDEN: tl.constexpr, BITS: tl.constexpr, BLOCK_H: tl.constexpr,
+    HIDDEN: tl.constexpr, BITS: tl.constexpr, BLOCK_H: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
+    wait(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     column_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside_H = column_H < HIDDEN
@@ -224,11 +227,13 @@ def _launch(
         constants=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=bool(config.constants["DEPENDENT"]),
     )
 
 
-def _default(hidden: int) -> Config:
-    return Config(constants={"BLOCK_H": 1024 if hidden > 512 else 256}, num_warps=4, num_stages=1)
+def _default(hidden: int, dependent: int = 0) -> Config:
+    constants = {"BLOCK_H": 1024 if hidden > 512 else 256, "DEPENDENT": dependent}
+    return Config(constants=constants, num_warps=4, num_stages=1)
 
 
 class Embed(Kernel):
@@ -258,15 +263,16 @@ class Embed(Kernel):
         return f"{case.dtype} tokens<={tokens} hidden={d['hidden']} images={int(d['features'] > 0)} zeros={d['zeros']}"
 
     def space(self, case: Case) -> Space:
-        return Space(constants={"BLOCK_H": (256, 512, 1024, 2048, 4096)}, num_warps=(1, 2, 4, 8), num_stages=(1,))
+        constants = {"BLOCK_H": (256, 512, 1024, 2048, 4096), "DEPENDENT": (0, 1)}
+        return Space(constants=constants, num_warps=(1, 2, 4, 8), num_stages=(1,))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         if config.constants["BLOCK_H"] // (32 * config.num_warps) > 64:
             return f"{config.constants['BLOCK_H']} columns in {config.num_warps} warps take too many registers a thread"
-        return None
+        return dependent_refusal(config.constants["DEPENDENT"], gpu)
 
     def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["hidden"])
+        return _default(case.dims["hidden"], best_dependent(gpu))
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         tokens, hidden, vocab, features, zeros = (

@@ -42,7 +42,7 @@ def global_decode(
             position may hold anything.
         position_B: int32, the token's position in its sequence; -1: an idle sequence, whose output is zeros.
         scale: what the scores are multiplied by.
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit.
@@ -54,8 +54,13 @@ class GlobalDecode(DecodeAttention):
     """``slots`` is C; dims as :class:`autotune.kernels.decode_attention.DecodeAttention` has them."""
 
     name: ClassVar[str] = "global_decode"
-    source: ClassVar[tuple[str, ...]] = ("autotune.kernels.global_decode", "autotune.kernels.decode_attention")
-    PROGRAMS: ClassVar[int] = 2
+    source: ClassVar[tuple[str, ...]] = (
+        "autotune.kernels.global_decode",
+        "autotune.kernels.decode_attention",
+        "autotune.kernels.dependent",
+    )
+    PROGRAMS: ClassVar[int] = 1
+    WIDE: ClassVar[bool] = True
     SPLITS: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 13, 16, 27, 33, 37, 48, 66, 132, 264)
     """Besides powers of two, what 108, 132 and 148 multiprocessors divided by 1, 4 or 8 heads give, once or twice."""
 

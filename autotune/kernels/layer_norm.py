@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.chosen import chosen_config
 from autotune.draw import Draw
 from autotune.kernel import Case, Config, Cost, Stage, Tensors, Use
-from autotune.kernels.norm_rows import FLOATS, RowNorm, norm_config, norm_launch
+from autotune.kernels.dependent import release, wait
+from autotune.kernels.norm_rows import FLOATS, RowNorm, norm_launch
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -47,19 +49,21 @@ def add_layer_norm_oracle(
 @triton.jit
 def _layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, rows, hidden, eps,
-    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
     row_R = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column_H = tl.arange(0, BLOCK_H)
     inside_RH = (row_R < rows)[:, None] & (column_H < hidden)[None, :]
     offset_RH = row_R.to(tl.int64)[:, None] * hidden + column_H[None, :]
+    weight_H = tl.load(weight_ptr + column_H, column_H < hidden, other=0.0).to(tl.float32)
+    bias_H = tl.load(bias_ptr + column_H, column_H < hidden, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
     x_RH = tl.load(x_ptr + offset_RH, inside_RH, other=0.0).to(tl.float32)
     if RESIDUAL:
         h_RH = (x_RH + tl.load(h_ptr + offset_RH, inside_RH, other=0.0).to(tl.float32)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + offset_RH, h_RH, inside_RH)
         x_RH = h_RH.to(tl.float32)
-    weight_H = tl.load(weight_ptr + column_H, column_H < hidden, other=0.0).to(tl.float32)
-    bias_H = tl.load(bias_ptr + column_H, column_H < hidden, other=0.0).to(tl.float32)
     x_RH = tl.where(inside_RH, x_RH - (tl.sum(x_RH, 1) / hidden)[:, None], 0.0)
     y_RH = x_RH * tl.rsqrt(tl.sum(x_RH * x_RH, 1) / hidden + eps)[:, None] * weight_H[None, :] + bias_H[None, :]
     tl.store(y_ptr + offset_RH, y_RH.to(y_ptr.dtype.element_ty), inside_RH)
@@ -71,14 +75,14 @@ def layer_norm(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, *, config: Config
     Args:
         x_TH: bf16 or fp32.
         weight_H, bias_H: bf16 or fp32.
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit.
     """
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, weight_H, bias_H, y_TH)
-    _launch(config or norm_config(x_TH.shape[1]), x_TH, weight_H, bias_H, y_TH).run()
+    _launch(config or _chosen(x_TH, residual=False), x_TH, weight_H, bias_H, y_TH).run()
     return y_TH
 
 
@@ -88,8 +92,17 @@ def add_layer_norm_(
     """The residual form: adds ``x_TH`` to ``h_TH`` in place and returns the norm of the sum; arguments as above."""
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, weight_H, bias_H, y_TH, h_TH)
-    _launch(config or norm_config(x_TH.shape[1]), x_TH, weight_H, bias_H, y_TH, h_TH).run()
+    _launch(config or _chosen(x_TH, residual=True), x_TH, weight_H, bias_H, y_TH, h_TH).run()
     return y_TH
+
+
+def _chosen(x_TH: Tensor, *, residual: bool) -> Config:
+    rows, hidden = x_TH.shape
+    case = Case(
+        dtype=str(x_TH.dtype).removeprefix("torch."),
+        dims={"rows": rows, "hidden": hidden, "residual": int(residual)},
+    )
+    return chosen_config(LayerNorm(), case, x_TH.device)
 
 
 def _check(x_TH: Tensor, weight_H: Tensor, bias_H: Tensor, y_TH: Tensor, h_TH: Tensor | None = None) -> None:

@@ -15,28 +15,20 @@ Source: Triton's tutorials 03 and 09; GELU: arXiv 1606.08415; GeGLU: arXiv 2002.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
+from autotune.chosen import chosen_config
 from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
-from autotune.kernels.matmul_blocks import dequantise_kernel, dequantise_oracle, matmul_blocks_kernel
-from autotune.kernels.matmul_dense import matmul_dense_kernel
-from autotune.kernels.matmul_space import (
-    INTEGER_ZEROS,
-    MINIMUMS,
-    Product,
-    default_of,
-    in_loop,
-    product_of,
-    refusal_of,
-    space_of,
-)
+from autotune.kernels.matmul_blocks import dequantise_oracle
+from autotune.kernels.matmul_launches import product_launches
+from autotune.kernels.matmul_product import INTEGER_ZEROS, MINIMUMS, Product, product_of
+from autotune.kernels.matmul_space import default_of, refusal_of, space_of
 from autotune.kernels.product_case import drawn_inputs, product_bucket
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
@@ -81,7 +73,7 @@ def matmul(
         x_MK: bf16.
         w_NK: bf16; [2F, K] for ``geglu``, [K, N] if ``transposed``.
         bias_N, residual_MN: bf16.
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit, or a configuration that the GPU refuses.
@@ -147,7 +139,7 @@ def _run(
     _check(product_of(case), tensors)
     gpu = present(x_MK.device.index or 0) if x_MK.is_cuda else GPUS["h100"]
     kernel = Matmul()
-    config = config or kernel.default(case, gpu)
+    config = config or chosen_config(kernel, case, x_MK.device)
     refused = kernel.refusal(case, config, gpu)
     if refused is not None:
         raise UsageError(f"matmul cannot run {config} on {gpu.name}: {refused}")
@@ -180,79 +172,19 @@ def _check(product: Product, tensors: Tensors) -> None:
         check_tensor(name, tensors[name], shape=shape, dtypes=(dtype,), device=tensors["x"].device)
 
 
-def _dense_launch(product: Product, config: Config, t: Tensors, w: Tensor) -> Launch:
-    c = dict(config.constants)
-    loads, programs = c.pop("LOADS"), c.pop("PROGRAMS")
-    c.pop("AHEAD", None)
-    tiles = triton.cdiv(product.rows, c["BLOCK_M"]) * triton.cdiv(product.columns, c["BLOCK_N"])
-    modes = {
-        "TRANSPOSED": product.transposed,
-        "EVEN_K": product.depth % c["BLOCK_K"] == 0,
-        "DESCRIPTORS": loads > 0,
-        "DESCRIPTOR_Y": loads > 0 and product.columns % 8 == 0,
-        "PERSISTENT": programs > 0,
-    }
-    return _launch(product, config, t, matmul_dense_kernel, programs or tiles, {"w_ptr": w}, c | modes)
-
-
-def _blocks_launch(product: Product, config: Config, t: Tensors) -> Launch:
-    c = {name: config.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")}
-    tiles = triton.cdiv(product.rows, c["BLOCK_M"]) * triton.cdiv(product.columns, c["BLOCK_N"])
-    modes = {
-        "BITS": product.bits,
-        "EVEN_K": product.depth % c["BLOCK_K"] == 0,
-        "DESCRIPTORS": config.constants["LOADS"] > 0,
-    }
-    weights = {f"{name}_ptr": t.get(name) for name in ("codes", "scales", "zeros", "minimums")}
-    return _launch(product, config, t, matmul_blocks_kernel, tiles, weights, c | modes)
-
-
-def _launch(
-    product: Product,
-    config: Config,
-    t: Tensors,
-    function: Any,
-    programs: int,
-    weights: dict[str, Tensor] | dict[str, Tensor | None],
-    constants: dict[str, int],
-) -> Launch:
-    pointers = {"x_ptr": t["x"], **weights, "y_ptr": t["y"]}
-    pointers |= {"bias_ptr": t.get("bias"), "residual_ptr": t.get("residual")}
-    rows, columns, depth = product.shape
-    return Launch(
-        function=function,
-        grid=(programs, 1, 1),
-        arguments={name: p for name, p in pointers.items() if p is not None}
-        | {"rows": rows, "columns": columns, "depth": depth},
-        constants={name: None for name, p in pointers.items() if p is None}
-        | {**constants, "GELU": product.gelu, "GEGLU": product.geglu},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def _dequantise_launch(product: Product, t: Tensors) -> Launch:
-    """16 rows by 256 columns a program: bound by memory, so that nothing is left to tune."""
-    pointers = {f"{name}_ptr": t.get(name) for name in ("codes", "scales", "zeros", "minimums")}
-    return Launch(
-        function=dequantise_kernel,
-        grid=(triton.cdiv(product.weight_rows, 16), triton.cdiv(product.depth, 256), 1),
-        arguments={name: p for name, p in pointers.items() if p is not None}
-        | {"w_ptr": t["_weights"], "rows": product.weight_rows, "depth": product.depth},
-        constants={name: None for name, p in pointers.items() if p is None}
-        | {"BITS": product.bits, "BLOCK_N": 16, "BLOCK_K": 256},
-        num_warps=4,
-        num_stages=1,
-    )
-
-
 class Matmul(Kernel):
     """Dims ``rows``, ``columns``, ``depth``, and the flags of :class:`~autotune.kernels.matmul_space.Product`."""
 
     name: ClassVar[str] = "matmul"
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "int8", "int4")
     stages: ClassVar[tuple[Stage, ...]] = ("prefill", "vision")
-    source: ClassVar[tuple[str, ...]] = tuple(f"autotune.kernels.matmul{part}" for part in ("", "_blocks", "_dense", "_space", "_tile"))  # fmt: skip
+    source: ClassVar[tuple[str, ...]] = tuple(
+        f"autotune.kernels.matmul{part}"
+        for part in (
+            "", "_blocks", "_dense", "_hopper", "_hopper_space", "_hopper_square", "_launches",
+            "_product", "_space", "_tile",
+        )
+    )  # fmt: skip
     """Tensor descriptors lie in global scratch memory."""
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
@@ -298,15 +230,7 @@ class Matmul(Kernel):
         return written
 
     def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
-        product = product_of(case)
-        if product.bits == 16:
-            return (_dense_launch(product, config, tensors, tensors["w"]),)
-        if in_loop(product, config):
-            return (_blocks_launch(product, config, tensors),)
-        return (
-            _dequantise_launch(product, tensors),
-            _dense_launch(product, config, tensors, tensors["_weights"]),
-        )
+        return product_launches(product_of(case), config, tensors)
 
     def oracle(self, case: Case, inputs: Tensors) -> Tensors:
         product = product_of(case)

@@ -3,8 +3,8 @@
 Constants:
     AHEAD: for weights in blocks only. 1 makes the weights bf16 in a launch of their own, and the rest is the product
         with bf16 weights; 0 unpacks them in the loop.
-    LOADS: 0 by pointers, 1 by tensor descriptors. Triton 3.6's own warp specialisation is left out: on an H100 its
-        results are wrong.
+    LOADS: 0 by pointers, 1 by tensor descriptors, 2 by a warp of its own (:mod:`autotune.kernels.matmul_hopper`).
+        Triton 3.6's own warp specialisation is left out: on an H100 its results are wrong.
     PROGRAMS: 0 for a program a tile; otherwise as many programs as multiprocessors, each of which takes many tiles.
     BLOCK_M, BLOCK_N, BLOCK_K: rows, columns and depth of a tile. GROUP: tiles of rows side by side.
     PARTS: in how many pieces a tile is written.
@@ -12,108 +12,44 @@ Constants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import triton
 
 from autotune.gpu import Gpu
-from autotune.kernel import Case, Config, Space
-from runtimes.errors import UsageError
+from autotune.kernel import Config, Space
+from autotune.kernels.matmul_hopper_space import hopper_choice, hopper_refusal
+from autotune.kernels.matmul_hopper_square import SIDE
+from autotune.kernels.matmul_product import INTEGER_ZEROS as INTEGER_ZEROS
+from autotune.kernels.matmul_product import MINIMUMS as MINIMUMS
+from autotune.kernels.matmul_product import NO_ZEROS as NO_ZEROS
+from autotune.kernels.matmul_product import Product
 
-POINTERS, DESCRIPTORS = 0, 1
-BITS = {"int4": 4, "int8": 8}
-NO_ZEROS, INTEGER_ZEROS, MINIMUMS = 0, 1, 2
+POINTERS, DESCRIPTORS, OWN_WARP = 0, 1, 2
 AHEAD_FROM_ROWS = 1024
 """From here on a pass over the weights costs less than unpacking them once for every tile of rows."""
-_FLAGS = ("bias", "gelu", "geglu", "residual", "transposed", "zeros")
+_AHEAD_FROM_ROWS_ON_HOPPER = 257
+"""On an H100 the pass pays at 512 rows for every product of the 4B and the 12B, and at 128 for none."""
 _BARRIER_BYTES = 1024
+_HOPPER_GAIN = 0.9
+"""Time of a tile by the kernels for Hopper, as a share of the others'."""
 _PERSISTENT_PROGRAMS = (114, 132, 148)
 """Multiprocessors of H100 PCIe, of H100 SXM and H200, of B200."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """What a case's ``dims`` say, flags left out being 0.
-
-    Args:
-        rows, columns, depth: of y [rows, columns] and x [rows, depth].
-        bias, gelu, geglu, residual: what follows the sum.
-        transposed: the weights lie as [depth, columns].
-        zeros: of weights in blocks: the middle code (0), packed integers (1), or a minimum besides it (2).
-        bits: of weights in blocks; 16 for bf16.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    bias: bool
-    gelu: bool
-    geglu: bool
-    residual: bool
-    transposed: bool
-    zeros: int
-    bits: int
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.columns, self.depth) < 1:
-            raise UsageError(f"rows, columns and depth must be at least 1, but are {self.shape}")
-        if self.gelu and self.geglu:
-            raise UsageError("gelu and geglu cannot both follow a product")
-        if self.transposed and (self.geglu or self.bits < 16):
-            raise UsageError("transposed weights must be bf16 and without geglu")
-        if self.zeros not in (NO_ZEROS, INTEGER_ZEROS, MINIMUMS) or (self.zeros and self.bits == 16):
-            raise UsageError(f"zeros must be 0, 1 or 2, and 0 for bf16, but is {self.zeros} for {self.bits} bits")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Rows, columns and depth."""
-        return self.rows, self.columns, self.depth
-
-    @property
-    def weight_rows(self) -> int:
-        """Rows of the weights: with GeGLU those of the gate, then those of up."""
-        return self.columns * 2 if self.geglu else self.columns
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of 32 in a row of weights."""
-        return -(-self.depth // 32)
-
-
-def product_of(case: Case) -> Product:
-    """The product that a case is.
-
-    Raises:
-        UsageError: dims or a dtype that make no product.
-    """
-    dims = dict(case.dims)
-    unknown = dims.keys() - {"rows", "columns", "depth", *_FLAGS}
-    if unknown or case.dtype not in ("bfloat16", *BITS):
-        raise UsageError(f"matmul knows no case `{case}`", hint=f"flags are {', '.join(_FLAGS)}")
-    flags = {name: bool(dims.get(name, 0)) for name in _FLAGS if name != "zeros"}
-    return Product(
-        rows=dims["rows"],
-        columns=dims["columns"],
-        depth=dims["depth"],
-        zeros=dims.get("zeros", 0),
-        bits=BITS.get(case.dtype, 16),
-        **flags,
-    )
 
 
 def space_of(product: Product) -> Space:
     """All that may be tried."""
     constants: dict[str, tuple[int, ...]] = {} if product.bits == 16 else {"AHEAD": (0, 1)}
     constants |= {
-        "LOADS": (POINTERS, DESCRIPTORS),
+        "LOADS": (POINTERS, DESCRIPTORS, OWN_WARP),
         "PROGRAMS": (0, *_PERSISTENT_PROGRAMS),
-        "BLOCK_M": (64, 128, 256) if product.bits == 16 else (16, 32, 64, 128, 256),
-        "BLOCK_N": (32, 64, 128, 256),
+        "BLOCK_M": (64, 128, SIDE, 256) if product.bits == 16 else (16, 32, 64, 128, SIDE, 256),
+        "BLOCK_N": (32, 64, 128, SIDE, 256),
         "BLOCK_K": (32, 64, 128),
         "GROUP": (4, 8, 16),
         "PARTS": (1, 2),
     }
-    return Space(constants=constants, num_warps=(4, 8), num_stages=(2, 3, 4, 5))
+    return Space(constants=constants, num_warps=(4, 8), num_stages=(2, 3, 4, 5, 6))
 
 
 def in_loop(product: Product, config: Config) -> bool:
@@ -124,6 +60,10 @@ def in_loop(product: Product, config: Config) -> bool:
 def refusal_of(product: Product, config: Config, gpu: Gpu) -> str | None:
     """Why a configuration cannot run, or is another one under another name."""
     c, loads, programs = config.constants, config.constants["LOADS"], config.constants["PROGRAMS"]
+    if loads == OWN_WARP:
+        return hopper_refusal(product, config, gpu, unpacks=in_loop(product, config))
+    if SIDE in (c["BLOCK_M"], c["BLOCK_N"]):
+        return f"tiles of {SIDE} rows and columns are the kernel for Hopper's"
     if in_loop(product, config):
         if programs or c["PARTS"] > 1:
             return "weights unpacked in the loop take one program a tile, written in one part"
@@ -181,12 +121,19 @@ def shared_bytes(product: Product, config: Config, gpu: Gpu) -> int:
 
 def default_of(product: Product, gpu: Gpu) -> Config:
     """The heuristic: of a few tiles the one that finishes first, if a multiprocessor takes one tile after the other."""
-    if product.bits < 16 and product.rows < AHEAD_FROM_ROWS:
+    if product.bits < 16 and product.rows < (_AHEAD_FROM_ROWS_ON_HOPPER if gpu.architecture == 90 else AHEAD_FROM_ROWS):
         return _default_in_loop(product, gpu)
+    choice, time = _default_dense(product, gpu)
+    hopper = hopper_choice(product, gpu, {} if product.bits == 16 else {"AHEAD": 1})
+    return hopper[0] if hopper is not None and _HOPPER_GAIN * hopper[1] <= time else choice
+
+
+def _default_dense(product: Product, gpu: Gpu) -> tuple[Config, float]:
+    """With its time, in sums."""
     roomy = gpu.shared_bytes > 2**17
     described = roomy and gpu.architecture >= 90 and not product.depth % 8
     described = described and not (product.transposed and product.columns % 8)
-    block_m, block_n, warps = _default_tile(product, gpu, roomy)
+    (block_m, block_n, warps), time = _default_tile(product, gpu, roomy)
     tiles = triton.cdiv(product.rows, block_m) * triton.cdiv(product.columns, block_n)
     stays = described and warps == 8 and tiles > gpu.multiprocessors in _PERSISTENT_PROGRAMS
     constants = {} if product.bits == 16 else {"AHEAD": 1}
@@ -199,13 +146,14 @@ def default_of(product: Product, gpu: Gpu) -> Config:
         "GROUP": 8,
         "PARTS": 2 if stays else 1,
     }
-    return Config(constants=constants, num_warps=warps, num_stages=4 if roomy and not product.residual else 3)
+    stages = 4 if roomy and not product.residual else 3
+    return Config(constants=constants, num_warps=warps, num_stages=stages), time
 
 
-def _default_tile(product: Product, gpu: Gpu, roomy: bool) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N and warps; a tile's rate as a share of the best is a guess from published tunings."""
+def _default_tile(product: Product, gpu: Gpu, roomy: bool) -> tuple[tuple[int, int, int], float]:
+    """BLOCK_M, BLOCK_N and warps, and the time; a tile's rate as a share of the best is a guess from published tunings."""
     if product.depth % 16:  # loads of single values, whose addresses take the registers
-        return 64, 32 if product.geglu else 64, 4
+        return (64, 32 if product.geglu else 64, 4), math.inf
     wide = 256 if roomy else 128
     if product.geglu:
         wide = 128 if gpu.architecture >= 90 and roomy else 64
@@ -217,17 +165,21 @@ def _default_tile(product: Product, gpu: Gpu, roomy: bool) -> tuple[int, int, in
         tiles = triton.cdiv(product.rows, block_m) * triton.cdiv(product.columns, block_n)
         return float(triton.cdiv(tiles, gpu.multiprocessors) * block_m * block_n) / choices[choice]
 
-    return min(choices, key=time)
+    return min(((choice, time(choice)) for choice in choices), key=lambda pair: pair[1])
 
 
 def _default_in_loop(product: Product, gpu: Gpu) -> Config:
     block_m = min(128, max(16, triton.next_power_of_2(product.rows)))
+    if product.geglu and gpu.architecture != 90:
+        block_m = min(block_m, 64)
     few = triton.cdiv(product.rows, block_m) * triton.cdiv(product.columns, 128) < gpu.multiprocessors
+    if 2 * triton.cdiv(product.rows, block_m) * triton.cdiv(product.columns, 64) <= gpu.multiprocessors:
+        block_m = min(block_m, 64)
     constants = {
         "AHEAD": 0,
         "LOADS": DESCRIPTORS if gpu.architecture in (90, 100) and not product.depth % 8 else POINTERS,
         "PROGRAMS": 0,
-        "BLOCK_M": block_m if not product.geglu else min(block_m, 64),
+        "BLOCK_M": block_m,
         "BLOCK_N": 64 if few or product.geglu else 128,
         "BLOCK_K": 64,
         "GROUP": 8,

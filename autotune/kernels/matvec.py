@@ -21,29 +21,35 @@ Source: Gemma 3 report (arXiv 2503.19786), section 2; RMSNorm: arXiv 1910.07467;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autotune.chosen import chosen_config
 from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.matmul_blocks import dequantise_oracle
-from autotune.kernels.matmul_space import INTEGER_ZEROS, MINIMUMS
+from autotune.kernels.matmul_product import INTEGER_ZEROS, MINIMUMS
 from autotune.kernels.matvec_kernel import matvec_kernel
+from autotune.kernels.matvec_pieces import matvec_pieces_kernel
 from autotune.kernels.matvec_space import (
     ADD,
     BLOCK,
     MOST_ROWS,
+    PIECES,
     POST_NORM,
+    SPREAD,
     Row,
     default_of,
     refusal_of,
     row_of,
     space_of,
 )
+from autotune.kernels.matvec_spread import matvec_spread_kernel
 from autotune.kernels.product_case import drawn_inputs, product_bucket
 from autotune.kernels.rms_norm import EPS, rms_norm_oracle
 from autotune.launch import Launch
@@ -99,7 +105,7 @@ def matvec(
         h_MF: bf16, what y is added to.
         post_F: fp32, 1 + w of a norm after the product; it goes with ``h_MF``.
         fp32: whether y is fp32.
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit, or a configuration that the GPU refuses.
@@ -158,7 +164,7 @@ def _run(given: dict[str, Tensor | None], bits: int, geglu: bool, fp32: bool, co
     _check(row_of(case), tensors)
     gpu = present(x_MK.device.index or 0) if x_MK.is_cuda else GPUS["h100"]
     kernel = Matvec()
-    config = config or kernel.default(case, gpu)
+    config = config or chosen_config(kernel, case, x_MK.device)
     refused = kernel.refusal(case, config, gpu)
     if refused is not None:
         raise UsageError(f"matvec cannot run {config} on {gpu.name}: {refused}")
@@ -200,24 +206,31 @@ class Matvec(Kernel):
 
     name: ClassVar[str] = "matvec"
     dtypes: ClassVar[tuple[str, ...]] = ("bfloat16", "int8", "int4")
-    stages: ClassVar[tuple[Stage, ...]] = ("decode",)
+    stages: ClassVar[tuple[Stage, ...]] = ("prefill", "decode")
     source: ClassVar[tuple[str, ...]] = (
-        *(f"autotune.kernels.matvec{part}" for part in ("", "_finish", "_kernel", "_space", "_weights")),
+        *(
+            f"autotune.kernels.matvec{part}"
+            for part in ("", "_finish", "_kernel", "_pieces", "_space", "_spread", "_weights")
+        ),
+        "autotune.kernels.dependent",
         "autotune.kernels.matmul_tile",
     )
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
-        if stage != "decode" or batch > MOST_ROWS:
+        if stage == "vision" or batch > MOST_ROWS:
             return ()
         queries = model.heads * model.head_dim
         qkv = queries + 2 * model.kv_heads * model.head_dim
+        # The norm ahead of each product comes with the residual before it: see rms_norm.
         products = {
-            "qkv": ({"columns": qkv, "depth": model.hidden, "norm": 1}, model.layers),
+            "qkv": ({"columns": qkv, "depth": model.hidden}, model.layers),
             "attention out": ({"columns": model.hidden, "depth": queries}, model.layers),
-            "gate and up": ({"columns": model.ffn, "depth": model.hidden, "norm": 1, "geglu": 1}, model.layers),
+            "gate and up": ({"columns": model.ffn, "depth": model.hidden, "geglu": 1}, model.layers),
             "down": ({"columns": model.hidden, "depth": model.ffn}, model.layers),
-            "head": ({"columns": model.vocab, "depth": model.hidden, "norm": 1, "fp32": 1}, 1),
+            "head": ({"columns": model.vocab, "depth": model.hidden, "fp32": 1}, 1),
         }
+        if stage == "prefill":  # of a prompt only the last token's logits are wanted
+            products = {"head": products["head"]}
         # int4 weights come with integer zero points, int8 ones without (gemma3_compile.formats).
         grid = {"zeros": INTEGER_ZEROS} if dtype == "int4" else {}
         return tuple(
@@ -259,14 +272,17 @@ class Matvec(Kernel):
         pointers = {_POINTERS[name]: tensor for name, tensor in tensors.items()}
         absent = {name: None for name in _POINTERS.values() if name not in pointers}
         shape = {"BATCH": row.rows, "DEPTH": row.depth, "BITS": row.bits, "GEGLU": row.geglu}
+        if c["DOT"] >= PIECES:
+            return (_launch_of_pieces(row, config, pointers, shape),)
         derived = {"CHUNK": row.chunk(config), "STAGES": config.num_stages, "BLOCK_F": 512 * config.num_warps}
         launch = Launch(
             function=matvec_kernel,
             grid=(row.programs(config), c["SPLIT"], 1),
             arguments=pointers | {"columns": row.columns, "eps": EPS},
-            constants=absent | shape | derived | dict(c) | {"DOT": bool(c["DOT"])},
+            constants=absent | shape | derived | dict(c) | {"DOT": bool(c["DOT"]), "DEPENDENT": bool(c["DEPENDENT"])},
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            dependent=bool(c["DEPENDENT"]),
         )
         return (launch,)
 
@@ -288,6 +304,24 @@ class Matvec(Kernel):
         sizes = [dtype.itemsize * torch.Size(shape).numel() for shape, dtype in _shapes(row).values()]
         output = (4 if row.fp32 else 2) * row.rows * row.columns
         return Cost(bytes=sum(sizes) + output, flops=2 * row.rows * row.weight_rows * row.depth)
+
+
+def _launch_of_pieces(row: Row, config: Config, pointers: Mapping[str, Tensor], shape: Mapping[str, int]) -> Launch:
+    """By the matrix units, on weights that stay where they were loaded."""
+    c = config.constants
+    spread = c["DOT"] == SPREAD
+    optional = ["scales_ptr", "zeros_ptr", "h_ptr", *(("norm_ptr", "minimums_ptr") if spread else ())]
+    absent: dict[str, int | None] = {name: None for name in optional if name not in pointers}
+    ways = {"TILES": c["LOOP"], "AHEAD": config.num_stages, "S": config.num_warps}
+    return Launch(
+        function=matvec_spread_kernel if spread else matvec_pieces_kernel,
+        grid=(row.programs(config), 1, 1),
+        arguments=dict(pointers) | {"columns": row.columns} | ({"eps": EPS} if spread else {}),
+        constants=absent | dict(shape) | ways | {"DEPENDENT": bool(c["DEPENDENT"])},
+        num_warps=config.num_warps,
+        num_stages=1,
+        dependent=bool(c["DEPENDENT"]),
+    )
 
 
 def _dequantised(row: Row, t: Tensors) -> Tensor:

@@ -1,6 +1,6 @@
 """What :mod:`autotune.kernels.matvec` may be configured to: shapes of launches, search space, refusals, heuristic.
 
-``DOT``: matrix units or multiply-adds. ``BLOCK_N``, ``BLOCK_K``: rows and depth of a tile of weights. ``LOOP``: tiles that a
+``DOT``: 0 multiply-adds, 1 matrix units, and without shared memory :data:`PIECES` and :data:`SPREAD`. ``BLOCK_N``, ``BLOCK_K``: rows and depth of a tile of weights. ``LOOP``: tiles that a
 program works through. ``SPLIT``: parts of the depth, each to a program of its own.
 """
 
@@ -13,11 +13,15 @@ import triton
 
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Space
-from autotune.kernels.matmul_space import INTEGER_ZEROS, MINIMUMS, NO_ZEROS
+from autotune.kernels.dependent import best_dependent, dependent_refusal
+from autotune.kernels.matmul_product import INTEGER_ZEROS, MINIMUMS, NO_ZEROS
 
 BLOCK = 32
 MOST_ROWS = 16
 MOST_ROWS_BY_FMA = 8
+MOST_ROWS_SPREAD = 2
+PIECES, SPREAD = 2, 3
+"""Values of ``DOT``: matrix units on weights that stay in the registers into which they were loaded."""
 ADD, POST_NORM = 1, 2
 """Values of ``residual``."""
 BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
@@ -99,14 +103,16 @@ def row_of(case: Case) -> Row:
 
 def space_of(row: Row) -> Space:
     """Everything that may be tried."""
-    units = (1,) if row.rows > MOST_ROWS_BY_FMA else (0, 1)
+    units: tuple[int, ...] = (1,) if row.rows > MOST_ROWS_BY_FMA else (0, 1)
+    units += (PIECES, SPREAD) if row.bits < 16 and row.rows <= MOST_ROWS_SPREAD else (PIECES,)
     return Space(
         constants={
             "DOT": units,
             "BLOCK_N": (1, 2, 4, 8, 16, 32, 64),
             "BLOCK_K": (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-            "LOOP": (1, 2, 4, 8, 16),
+            "LOOP": (1, 2, 4),
             "SPLIT": (1, 2, 3, 4, 5, 6, 8),
+            "DEPENDENT": (0, 1),
         },
         num_warps=(1, 2, 4, 8, 16),
         num_stages=(1, 2, 3, 4, 5),
@@ -120,6 +126,12 @@ def refusal_of(row: Row, config: Config, gpu: Gpu) -> str | None:
 
 def _refusals(row: Row, config: Config, gpu: Gpu) -> Iterator[str]:
     c, kinds = config.constants, 2 if row.geglu else 1
+    dependent = dependent_refusal(c["DEPENDENT"], gpu)
+    if dependent is not None:
+        yield dependent
+    if c["DOT"] >= PIECES:
+        yield from _pieces_refusals(row, config, gpu)
+        return
     chunk, block, threads = row.chunk(config), c["BLOCK_K"], 32 * config.num_warps
     if c["SPLIT"] > 1 and chunk * (c["SPLIT"] - 1) >= row.depth:
         yield f"{c['SPLIT']} parts of {chunk} leave some of them nothing of a depth of {row.depth}"
@@ -127,7 +139,7 @@ def _refusals(row: Row, config: Config, gpu: Gpu) -> Iterator[str]:
         yield f"most of a tile {block} deep lies outside a depth of {chunk}"
     if c["LOOP"] > 1 and (c["DOT"] or chunk > block):
         yield "only tiles as deep as the part share their activations in a loop"
-    steps = c["LOOP"] if chunk <= block else -(-chunk // block)
+    steps = 1 if chunk <= block else -(-chunk // block)
     if config.num_stages > max(1, steps):
         yield f"{steps} steps do not fill {config.num_stages} stages"
     shared = _shared_bytes(row, config)
@@ -148,6 +160,41 @@ def _refusals(row: Row, config: Config, gpu: Gpu) -> Iterator[str]:
     registers = _fma_registers(row, config)
     if registers > _REGISTERS:
         yield f"about {registers} registers a thread"
+
+
+def _pieces_refusals(row: Row, config: Config, gpu: Gpu) -> Iterator[str]:
+    c, warps, ahead, spread = config.constants, config.num_warps, config.num_stages, config.constants["DOT"] == SPREAD
+    tiles, batch = c["LOOP"] * (2 if row.geglu else 1), 16 if row.rows > 8 else 8
+    deep = 4 * row.piece * warps
+    steps = -(-row.depth // deep)
+    if row.depth % row.piece or row.residual == POST_NORM or c["SPLIT"] > 1 or c["BLOCK_N"] != 16 or c["LOOP"] > 4:
+        yield "pieces come in up to 4 tiles of 16 columns, over the whole depth, and no norm follows"
+    if c["BLOCK_K"] != deep:
+        yield f"a step of {warps} warps is {deep} deep, not {c['BLOCK_K']}"
+    if ahead > steps:
+        yield f"{steps} steps do not fill {ahead} stages"
+    if spread and (row.bits == 16 or row.rows > MOST_ROWS_SPREAD):
+        yield f"only {MOST_ROWS_SPREAD} rows of activations can be spread over the blocks of weights"
+    if not spread and (row.norm or row.zeros == MINIMUMS):
+        yield "pieces that become bf16 are without minimums, and no norm precedes"
+    if spread:
+        registers, shared = 60 + ahead * 14 * tiles + 4 * tiles, _spread_bytes(row, -(-steps // ahead) * ahead, warps)
+    else:
+        x = row.piece // 2 * (batch // 8)
+        registers, shared = 60 + ahead * ((8 if row.bits == 16 else 12) * tiles + x) + batch // 2 * tiles, 0
+    shared += 64 * batch * warps
+    if shared > gpu.shared_bytes:
+        yield f"{shared} bytes of shared memory, but {gpu.name} has {gpu.shared_bytes}"
+    if registers > 235 or registers * 24 * warps > 65536:
+        yield f"about {registers} registers a thread"
+    if triton.knobs.runtime.interpret:
+        yield "Triton's interpreter does not run Gluon, in which the kernels for pieces are written"
+
+
+def _spread_bytes(row: Row, steps: int, warps: int) -> int:
+    """Shared memory for activations and their sums over pieces; steps are staged in groups of up to 8."""
+    group: int = min(8, triton.next_power_of_2(steps))
+    return -(-steps // group) * group * warps * (row.rows * 256 + 32)
 
 
 def _fma_registers(row: Row, config: Config) -> int:
@@ -175,7 +222,45 @@ def _shared_bytes(row: Row, config: Config) -> int:
 
 
 def default_of(row: Row, gpu: Gpu) -> Config:
-    """The heuristic: programs of 128 threads, enough of them to fill the GPU, each thread with a few loads on its way."""
+    """The heuristic, from what an H100 was fastest with; where a GPU or Triton's interpreter cannot, what all can."""
+    for chosen in _preferred(row, gpu):
+        if refusal_of(row, chosen, gpu) is None:
+            return chosen
+    return _anywhere(row, gpu)
+
+
+def _config(gpu: Gpu, dot: int, n: int, k: int, *, loop: int = 1, warps: int, stages: int = 1) -> Config:
+    constants = {"DOT": dot, "BLOCK_N": n, "BLOCK_K": k, "LOOP": loop, "SPLIT": 1, "DEPENDENT": best_dependent(gpu)}
+    return Config(constants=constants, num_warps=warps, num_stages=stages)
+
+
+def _preferred(row: Row, gpu: Gpu) -> Iterator[Config]:
+    whole = triton.next_power_of_2(row.depth)
+    if row.bits == 4 and row.rows <= 2 and (row.rows == 2 or whole > 1.5 * row.depth):
+        warps = 4 if row.depth <= 4096 else 8
+        steps = -(-row.depth // (128 * warps))
+        ahead = steps if steps <= 5 else min(4, -(-steps // 2))
+        yield _config(gpu, SPREAD, 16, 128 * warps, warps=warps, stages=max(1, ahead // (2 if row.geglu else 1)))
+    if row.bits < 16 and row.rows > 2:
+        warps = 4 if row.depth <= 8192 else 8
+        loop = 1 if row.geglu or row.columns < 4096 else 2
+        stages = 2 if row.depth > 8192 or row.bits == 8 else 1
+        yield _config(gpu, PIECES, 16, 4 * row.piece * warps, loop=loop, warps=warps, stages=stages)
+    if row.bits == 16 and row.rows > 4:
+        if row.depth > 8192:
+            yield _config(gpu, PIECES, 16, 256, warps=8, stages=5)
+        yield _config(gpu, 1, 32, 256, warps=4, stages=4)
+    if row.bits == 16 and row.rows <= 2 and row.depth > 1024:
+        k = min(whole, 4096 if row.depth <= 4096 else 8192)
+        yield _config(gpu, 0, 1, k, warps=min(8, k // 256))
+    if row.bits == 8 and row.rows == 1 and row.depth > 2048:
+        yield _config(gpu, 0, 2, 4096, warps=8)
+    if row.bits == 4 and row.rows == 1 and row.depth > 2048:
+        yield _config(gpu, 0, 4, 4096, loop=2 if row.columns >= 8192 and row.depth <= 4096 else 1, warps=4)
+
+
+def _anywhere(row: Row, gpu: Gpu) -> Config:
+    """Programs of 128 threads, enough of them to fill the GPU, each thread with a few loads on its way."""
     threads, rooms = 128, gpu.multiprocessors * _SM_THREADS // 128
     if row.rows > (4 if row.bits > 4 else 2):
         block_n = 16 if row.columns < 8 * rooms else 32
@@ -184,6 +269,7 @@ def default_of(row: Row, gpu: Gpu) -> Config:
         while split < 4 and -(-row.columns // block_n) * split < rooms // 4 and row.depth >= 1024 * split:
             split *= 2
         constants = {"DOT": 1, "BLOCK_N": block_n, "BLOCK_K": block_k, "LOOP": 1, "SPLIT": split}
+        constants |= {"DEPENDENT": best_dependent(gpu)}
         warps = min(threads // 32, block_n * block_k // (32 * row.piece))
         return _fitting(row, Config(constants=constants, num_warps=warps, num_stages=4), gpu)
     block_k = min(triton.next_power_of_2(row.depth), threads * row.piece)
@@ -195,9 +281,10 @@ def default_of(row: Row, gpu: Gpu) -> Config:
     while block_n > least and row.columns < block_n * rooms // 2:
         block_n //= 2
     loop = 1
-    while block_k >= row.depth and loop < 8 and row.columns >= block_n * loop * rooms:
+    while block_k >= row.depth and loop < 4 and row.columns >= block_n * loop * rooms:
         loop *= 2
     constants = {"DOT": 0, "BLOCK_N": block_n, "BLOCK_K": block_k, "LOOP": loop, "SPLIT": 1}
+    constants |= {"DEPENDENT": best_dependent(gpu)}
     return _fitting(row, Config(constants=constants, num_warps=threads // 32, num_stages=1), gpu)
 
 

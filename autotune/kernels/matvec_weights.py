@@ -42,10 +42,10 @@ def _powers(base: tl.constexpr, BITS: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def piece_grid(
+def stored_grid(
     weights, row_N, start, end, DEPTH: tl.constexpr, BITS: tl.constexpr, MASK: tl.constexpr, P: tl.constexpr
 ):
-    """Scale, zero point and minimum of each piece: fp32 [N, P], or a constant where the format has one for all.
+    """Scale, zero point and minimum of each piece as stored, [N, P], or a constant where the format has one for all.
 
     The hints on the offsets give a thread one at a time along P, as it holds pieces. Left alone, Triton would vectorise
     these loads, and move what they bring through shared memory. (A hint must stand where the offset is computed.)
@@ -58,43 +58,57 @@ def piece_grid(
     none = 0.0 if MASK else None
     offset_NP = tl.multiple_of(row_N[:, None] * BLOCKS + block_P[None, :], [1, 1])
     offset_NP = tl.max_contiguous(offset_NP, [1, 2])
-    scale_NP = tl.load(scales_ptr + offset_NP, inside_P, other=none).to(tl.float32)
+    scale_NP = tl.load(scales_ptr + offset_NP, inside_P, other=none)
     zero_NP = 1 << (BITS - 1)
     minimum_NP = 0.0
     if minimums_ptr is not None:
         minimum_NP = tl.load(minimums_ptr + offset_NP, inside_P, other=none)
     if zeros_ptr is not None:
         if BITS == 8:
-            code_NP = tl.load(zeros_ptr + offset_NP, inside_P, other=0 if MASK else None).to(tl.int32)
+            zero_NP = tl.load(zeros_ptr + offset_NP, inside_P, other=0 if MASK else None)
         else:
             byte_NP = tl.multiple_of(row_N[:, None] * ((BLOCKS + 1) // 2) + (block_P // 2)[None, :], [1, 1])
             byte_NP = tl.max_contiguous(byte_NP, [1, 2])
-            code_NP = tl.load(zeros_ptr + byte_NP, inside_P, other=0 if MASK else None).to(tl.int32)
-            code_NP = (code_NP >> (block_P % 2 * 4)[None, :]) & 15
-        zero_NP = code_NP.to(tl.float32)
+            zero_NP = tl.load(zeros_ptr + byte_NP, inside_P, other=0 if MASK else None)
     return scale_NP, zero_NP, minimum_NP
 
 
 @triton.jit
-def piece_values(
+def stored_tile(
     w_ptr, row_N, start, end,
     DEPTH: tl.constexpr, BITS: tl.constexpr, MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [N, P, V]: weights of bf16 as they are, codes as :func:`_numbers` has them."""
-    P: tl.constexpr = BLOCK_K * BITS // 128
+    """Weights of bf16 [N, K], or codes as uint32 words."""
     if BITS == 16:
-        w_NK = _weights_as_stored(w_ptr, row_N, start, end, DEPTH, MASK, BLOCK_K)
-        w_NPV = tl.reshape(w_NK, (BLOCK_N, P, 8)).to(tl.float32)
+        stored = _weights_as_stored(w_ptr, row_N, start, end, DEPTH, MASK, BLOCK_K)
     else:
         CODES: tl.constexpr = 32 // BITS
-        word_W = start // CODES + tl.arange(0, P * 4)
-        word_NW = tl.load(
+        word_W = start // CODES + tl.arange(0, BLOCK_K // CODES)
+        stored = tl.load(
             w_ptr.to(tl.pointer_type(tl.uint32)) + row_N[:, None] * (DEPTH // CODES) + word_W[None, :],
             (word_W < end // CODES)[None, :] if MASK else None, other=0 if MASK else None,
             eviction_policy="evict_first",
         )  # fmt: skip
-        w_NPV = tl.reshape(_numbers(word_NW, BITS), (BLOCK_N, P, 4 * CODES))
-    return w_NPV
+    return stored
+
+
+@triton.jit
+def numbers(stored, grid, start, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile and its grid in fp32: [N, P, V], weights of bf16 as they are, codes as :func:`_numbers` has them; [N, P]."""
+    P: tl.constexpr = BLOCK_K * BITS // 128
+    scale_NP, zero_NP, minimum_NP = grid
+    if BITS == 16:
+        w_NPV = tl.reshape(stored, (BLOCK_N, P, 8)).to(tl.float32)
+    else:
+        w_NPV = tl.reshape(_numbers(stored, BITS), (BLOCK_N, P, 128 // BITS))
+        scale_NP = scale_NP.to(tl.float32)
+        if zero_NP.dtype == tl.uint8:
+            zero_NP = zero_NP.to(tl.int32)
+            if BITS == 4:
+                block_P = start // 32 + tl.arange(0, P)
+                zero_NP = (zero_NP >> (block_P % 2 * 4)[None, :]) & 15
+            zero_NP = zero_NP.to(tl.float32)
+    return w_NPV, (scale_NP, zero_NP, minimum_NP)
 
 
 @triton.jit
@@ -120,8 +134,10 @@ def weight_tile(
     else:
         P: tl.constexpr = BLOCK_K * BITS // 128
         V: tl.constexpr = 128 // BITS
-        scale_NP, zero_NP, minimum_NP = piece_grid(weights, row_N, start, end, DEPTH, BITS, MASK, P)
-        code_NPV = piece_values(weights[0], row_N, start, end, DEPTH, BITS, MASK, BLOCK_N, BLOCK_K)
+        grid = stored_grid(weights, row_N, start, end, DEPTH, BITS, MASK, P)
+        stored = stored_tile(weights[0], row_N, start, end, DEPTH, BITS, MASK, BLOCK_N, BLOCK_K)
+        code_NPV, grid = numbers(stored, grid, start, BITS, BLOCK_N, BLOCK_K)
+        scale_NP, zero_NP, minimum_NP = grid
         # Two steps, as one factor of 2**149 would leave fp32: 2**-23 times the code, then 2**23 times the scale.
         code_NPV = code_NPV * _powers(126, BITS, V)[None, None, :]
         shift_NP = zero_NP * scale_NP + minimum_NP
@@ -131,37 +147,28 @@ def weight_tile(
 
 
 @triton.jit
-def norm_factors(
-    x_ptr, row_B, eps,
-    BATCH: tl.constexpr, DEPTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """fp32 [B]: 1 / sqrt(mean(x**2) + eps) of whole rows, whatever part of the depth the program works on."""
+def row_squares(x_ptr, row_B, BATCH: tl.constexpr, DEPTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr):
+    """fp32 [B, K], to be summed up: squares of whole rows, for programs that see a part of the depth only."""
     square_BK = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     for start in tl.static_range(0, DEPTH, BLOCK_K):
         k_K = start + tl.arange(0, BLOCK_K)
         inside_BK = (row_B < BATCH)[:, None] & (k_K < DEPTH)[None, :]
         x_BK = tl.load(x_ptr + row_B[:, None] * DEPTH + k_K[None, :], inside_BK, other=0.0).to(tl.float32)
         square_BK += x_BK * x_BK
-    return tl.rsqrt(tl.sum(square_BK, 1) / DEPTH + eps)
+    return square_BK
 
 
 @triton.jit
-def activations(
-    x_ptr, scale_ptr, factor_B, row_B, start, end, BATCH: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """bf16 [B, K]; with a norm, rounded after it as transformers does. Zeros outside."""
+def activations(x_ptr, norm_ptr, row_B, start, end, BATCH: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[B, K], bf16, or with a norm fp32: as stored, and times the norm's scale. Zeros outside."""
     k_K = start + tl.arange(0, BLOCK_K)
     inside_BK = (row_B < BATCH)[:, None] & (k_K < end)[None, :]
     x_BK = tl.load(x_ptr + row_B[:, None] * DEPTH + k_K[None, :], inside_BK, other=0.0)
-    if scale_ptr is not None:
-        scale_K = tl.load(scale_ptr + k_K, k_K < end, other=0.0)
-        x_BK = _normed(x_BK, factor_B[:, None], scale_K[None, :])
-    return x_BK
-
-
-@triton.jit
-def _normed(x, factor, scale):
-    return (x.to(tl.float32) * factor * scale).to(tl.bfloat16)
+    scaled_BK = x_BK
+    if norm_ptr is not None:
+        x_BK = x_BK.to(tl.float32)
+        scaled_BK = x_BK * tl.load(norm_ptr + k_K, k_K < end, other=0.0)[None, :]
+    return x_BK, scaled_BK
 
 
 @triton.jit
@@ -173,10 +180,12 @@ def _some(ptr, start, end, part: tl.constexpr, P: tl.constexpr, V: tl.constexpr,
 
 @triton.jit
 def activation_pieces(
-    x_ptr, norm_ptr, factor_1, start, end,
+    x_ptr, norm_ptr, start, end,
     row: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Row ``row`` of the activations as fp32 [P, V], ready for :func:`piece_values`; and its sums over each piece, [P].
+    """Row ``row`` of the activations as fp32 [P, V], ready for :func:`numbers`; its sums over each piece, and of squares, [P].
+
+    With a norm the activations are times its scale; its factor is for the product, as the squares are known by then.
 
     A thread loads what its pieces need, sixteen bytes at a time. With a norm, whose scale is as long again in fp32, long
     pieces are loaded as they lie instead, and handed round through shared memory; so are short ones where loads run ahead,
@@ -185,27 +194,29 @@ def activation_pieces(
     V: tl.constexpr = 128 // BITS
     P: tl.constexpr = BLOCK_K // V
     x_ptr += row * DEPTH
+    square_P = 0.0
     if BITS == 16 and (norm_ptr is None or STAGES == 1):
-        x_PV = _some(x_ptr, start, end, 0, P, V, 8)
+        x_PV = _some(x_ptr, start, end, 0, P, V, 8).to(tl.float32)
         if norm_ptr is not None:
+            square_P = tl.sum(x_PV * x_PV, 1)
             scale_P42 = tl.join(_some(norm_ptr, start, end, 0, P, V, 4), _some(norm_ptr, start, end, 1, P, V, 4))
-            x_PV = _normed(x_PV, factor_1[:, None], tl.reshape(tl.permute(scale_P42, (0, 2, 1)), (P, V)))
+            x_PV *= tl.reshape(tl.permute(scale_P42, (0, 2, 1)), (P, V))
     elif norm_ptr is not None:
-        x_1K = activations(x_ptr, norm_ptr, factor_1, tl.arange(0, 1), start, end, 1, DEPTH, BLOCK_K)
-        x_PV = tl.reshape(x_1K, (P, V))
+        x_1K, scaled_1K = activations(x_ptr, norm_ptr, tl.arange(0, 1), start, end, 1, DEPTH, BLOCK_K)
+        square_P = tl.sum(tl.reshape(x_1K * x_1K, (P, V)), 1)
+        x_PV = tl.reshape(scaled_1K, (P, V))
     elif BITS == 8:
         x_P82 = tl.join(_some(x_ptr, start, end, 0, P, V, 8), _some(x_ptr, start, end, 1, P, V, 8))
-        x_PV = tl.reshape(tl.permute(x_P82, (0, 2, 1)), (P, V))
+        x_PV = tl.reshape(tl.permute(x_P82, (0, 2, 1)), (P, V)).to(tl.float32)
     else:
         even_P82 = tl.join(_some(x_ptr, start, end, 0, P, V, 8), _some(x_ptr, start, end, 2, P, V, 8))
         odd_P82 = tl.join(_some(x_ptr, start, end, 1, P, V, 8), _some(x_ptr, start, end, 3, P, V, 8))
-        x_PV = tl.reshape(tl.permute(tl.join(even_P82, odd_P82), (0, 2, 3, 1)), (P, V))
-    x_PV = x_PV.to(tl.float32)
+        x_PV = tl.reshape(tl.permute(tl.join(even_P82, odd_P82), (0, 2, 3, 1)), (P, V)).to(tl.float32)
     total_P = 0.0
     if BITS != 16:
         total_P = tl.sum(x_PV, 1)
         x_PV = x_PV * _powers(64, BITS, V)[None, :]
-    return x_PV, total_P
+    return x_PV, total_P, square_P
 
 
 @triton.jit

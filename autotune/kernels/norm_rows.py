@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Kernel, Space, Tensors
+from autotune.kernels.dependent import best_dependent, dependent_refusal
 from autotune.launch import Launch
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -28,25 +29,28 @@ class RowNorm(Kernel):
         return f"{case.dtype} rows<={rows} hidden={case.dims['hidden']} residual={case.dims['residual']}"
 
     def space(self, case: Case) -> Space:
-        return Space(constants={"BLOCK_ROWS": (1, 2, 4, 8)}, num_warps=(1, 2, 4, 8, 16), num_stages=(1,))
+        constants = {"BLOCK_ROWS": (1, 2, 4, 8), "DEPENDENT": (0, 1)}
+        return Space(constants=constants, num_warps=(1, 2, 4, 8, 16), num_stages=(1,))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         values = config.constants["BLOCK_ROWS"] * triton.next_power_of_2(case.dims["hidden"])
         if values // (32 * config.num_warps) > 128:
             return f"{values} values in {config.num_warps} warps take more than 128 registers a thread"
-        return None
+        return dependent_refusal(config.constants["DEPENDENT"], gpu)
 
     def default(self, case: Case, gpu: Gpu) -> Config:
-        return norm_config(case.dims["hidden"])
+        return norm_config(case.dims["hidden"], best_dependent(gpu))
 
     def outputs(self, case: Case, config: Config, *, device: torch.device | str) -> Tensors:
         shape = (case.dims["rows"], case.dims["hidden"])
         return {"y": torch.empty(shape, dtype=getattr(torch, case.dtype), device=device)}
 
 
-def norm_config(hidden: int) -> Config:
+def norm_config(hidden: int, dependent: int = 0) -> Config:
     """The heuristic: a row a program."""
-    return Config(constants={"BLOCK_ROWS": 1}, num_warps=8 if hidden > 2048 else 4, num_stages=1)
+    return Config(
+        constants={"BLOCK_ROWS": 1, "DEPENDENT": dependent}, num_warps=8 if hidden > 2048 else 4, num_stages=1
+    )
 
 
 def norm_launch(function: object, config: Config, tensors: Mapping[str, Tensor | None], eps: float) -> Launch:
@@ -64,4 +68,5 @@ def norm_launch(function: object, config: Config, tensors: Mapping[str, Tensor |
         constants=constants | {"BLOCK_H": triton.next_power_of_2(hidden)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=bool(config.constants["DEPENDENT"]),
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
+from autotune.kernels.dependent import best_dependent, dependent_refusal, release, wait
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -51,7 +52,10 @@ def _patch_embed_kernel(
     pixels_ptr, weight_ptr, bias_ptr, position_ptr, y_ptr, images, hidden,
     SIZE: tl.constexpr, PATCH: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
+    wait(DEPENDENT)
     SIDE: tl.constexpr = SIZE // PATCH
     DEPTH: tl.constexpr = CHANNELS * PATCH * PATCH
     stored = weight_ptr.dtype.element_ty
@@ -103,7 +107,7 @@ def patch_embed(
     check_tensor("weight", weight_HCyx, shape=(hidden, CHANNELS, patch, patch), dtypes=_FLOATS, device=device)
     check_tensor("bias", bias_H, shape=(hidden,), dtypes=floats, device=device)
     check_tensor("position", position_PH, shape=(side * side, hidden), dtypes=floats, device=device)
-    chosen = config or _default(hidden, weight_HCyx.dtype)
+    chosen = config or _default(weight_HCyx.dtype)
     _launch(chosen, pixels_NCYX, weight_HCyx, bias_H, position_PH, y_NPH).run()
     return y_NPH
 
@@ -130,13 +134,16 @@ def _launch(
         | {"SIZE": pixels_NCYX.shape[-1], "PATCH": weight_HCyx.shape[-1], "CHANNELS": CHANNELS},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=bool(config.constants["DEPENDENT"]),
     )
 
 
-def _default(hidden: int, dtype: torch.dtype) -> Config:
+def _default(dtype: torch.dtype, dependent: int = 0) -> Config:
     if dtype == torch.float32:  # no matrix units: small tiles keep the sums in registers
-        return Config(constants={"BLOCK_P": 32, "BLOCK_H": 64, "BLOCK_K": 16}, num_warps=4, num_stages=2)
-    return Config(constants={"BLOCK_P": 64, "BLOCK_H": 128, "BLOCK_K": 32}, num_warps=4, num_stages=3)
+        constants = {"BLOCK_P": 32, "BLOCK_H": 64, "BLOCK_K": 16, "DEPENDENT": dependent}
+        return Config(constants=constants, num_warps=4, num_stages=2)
+    constants = {"BLOCK_P": 64, "BLOCK_H": 128, "BLOCK_K": 32, "DEPENDENT": dependent}
+    return Config(constants=constants, num_warps=4, num_stages=3)
 
 
 class PatchEmbed(Kernel):
@@ -164,7 +171,12 @@ class PatchEmbed(Kernel):
 
     def space(self, case: Case) -> Space:
         return Space(
-            constants={"BLOCK_P": (32, 64, 128), "BLOCK_H": (64, 128, 256), "BLOCK_K": (16, 32, 64)},
+            constants={
+                "BLOCK_P": (32, 64, 128),
+                "BLOCK_H": (64, 128, 256),
+                "BLOCK_K": (16, 32, 64),
+                "DEPENDENT": (0, 1),
+            },
             num_warps=(4, 8),
             num_stages=(1, 2, 3, 4),
         )
@@ -180,10 +192,10 @@ class PatchEmbed(Kernel):
         shared = max(waiting + depth * (rows + columns) * weights, rows * columns * weights) + 256
         if shared > gpu.shared_bytes:
             return f"{shared} bytes of shared memory, and {gpu.name} has {gpu.shared_bytes}"
-        return None
+        return dependent_refusal(config.constants["DEPENDENT"], gpu)
 
     def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["hidden"], getattr(torch, case.dtype))
+        return _default(getattr(torch, case.dtype), best_dependent(gpu))
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         images, size, patch, hidden = (case.dims[name] for name in ("images", "size", "patch", "hidden"))

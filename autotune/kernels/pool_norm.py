@@ -24,6 +24,7 @@ from torch import Tensor
 from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
+from autotune.kernels.dependent import best_dependent, dependent_refusal, release, wait
 from autotune.kernels.siglip_pool import siglip_pool as siglip_pool_oracle
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
@@ -37,8 +38,9 @@ _FLOATS = (torch.float32, torch.bfloat16)
 @triton.jit
 def _pool_norm_kernel(
     x_ptr, scale_ptr, y_ptr, side, hidden, eps,
-    POOL: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_H: tl.constexpr,
+    POOL: tl.constexpr, BLOCK_PATCHES: tl.constexpr, BLOCK_H: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
     tokens_side = side // POOL
     token = tl.program_id(0)
     image = token // (tokens_side * tokens_side)
@@ -46,6 +48,8 @@ def _pool_norm_kernel(
     left = token % tokens_side * POOL
     first = image.to(tl.int64) * side * side + top * side + left
     column_H = tl.arange(0, BLOCK_H)
+    scale_H = tl.load(scale_ptr + column_H, column_H < hidden, other=0.0)
+    wait(DEPENDENT)
     sum_H = tl.zeros([BLOCK_H], tl.float32)
     for begin in tl.static_range(0, POOL * POOL, BLOCK_PATCHES):
         patch_Q = begin + tl.arange(0, BLOCK_PATCHES)
@@ -54,7 +58,6 @@ def _pool_norm_kernel(
         x_QH = tl.load(x_ptr + row_Q[:, None] * hidden + column_H[None, :], inside_QH, other=0.0)
         sum_H += tl.sum(x_QH.to(tl.float32), 0)
     mean_H = (sum_H * (1.0 / (POOL * POOL))).to(y_ptr.dtype.element_ty).to(tl.float32)
-    scale_H = tl.load(scale_ptr + column_H, column_H < hidden, other=0.0)
     y_H = mean_H * tl.rsqrt(tl.sum(mean_H * mean_H, 0) / hidden + eps) * scale_H
     tl.store(y_ptr + token.to(tl.int64) * hidden + column_H, y_H.to(y_ptr.dtype.element_ty), column_H < hidden)
 
@@ -97,11 +100,13 @@ def _launch(config: Config, x_NPH: Tensor, scale_H: Tensor, y_NTH: Tensor, pool:
         constants=dict(config.constants) | {"POOL": pool, "BLOCK_H": triton.next_power_of_2(hidden)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=bool(config.constants["DEPENDENT"]),
     )
 
 
-def _default(hidden: int) -> Config:
-    return Config(constants={"BLOCK_PATCHES": 4}, num_warps=8 if hidden > 512 else 4, num_stages=1)
+def _default(hidden: int, dependent: int = 0) -> Config:
+    constants = {"BLOCK_PATCHES": 4, "DEPENDENT": dependent}
+    return Config(constants=constants, num_warps=8 if hidden > 512 else 4, num_stages=1)
 
 
 class PoolNorm(Kernel):
@@ -126,16 +131,17 @@ class PoolNorm(Kernel):
         return f"{case.dtype} images<={min(images, 16)} pool={case.dims['pool']} hidden={case.dims['hidden']}"
 
     def space(self, case: Case) -> Space:
-        return Space(constants={"BLOCK_PATCHES": (1, 2, 4, 8, 16)}, num_warps=(2, 4, 8, 16), num_stages=(1,))
+        constants = {"BLOCK_PATCHES": (1, 2, 4, 8, 16), "DEPENDENT": (0, 1)}
+        return Space(constants=constants, num_warps=(2, 4, 8, 16), num_stages=(1,))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         tile = config.constants["BLOCK_PATCHES"] * triton.next_power_of_2(case.dims["hidden"])
         if tile // (32 * config.num_warps) > 128:
             return f"{tile} values in {config.num_warps} warps take more than 128 registers a thread"
-        return None
+        return dependent_refusal(config.constants["DEPENDENT"], gpu)
 
     def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["hidden"])
+        return _default(case.dims["hidden"], best_dependent(gpu))
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         draw, dtype, hidden = Draw(device, seed), getattr(torch, case.dtype), case.dims["hidden"]

@@ -12,8 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+from autotune.chosen import chosen_config
 from autotune.draw import Draw
-from autotune.gpu import GPUS, Gpu, present
+from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Kernel, Space, Stage, Tensors
 from autotune.kernels import prefill_hopper
 from autotune.kernels.prefill_attention import check_prefill, visible_ends_BS
@@ -51,15 +52,17 @@ class PrefillKernel(Kernel):
         if image_ids_BS is not None:
             tensors["visible_end"] = visible_ends_BS(image_ids_BS)
         check_prefill(tensors)
-        self.launch(config or self._heuristic(tensors), tensors, scale).run()
+        self.launch(config or self._chosen(tensors), tensors, scale).run()
         return tensors["out"]
 
-    def _heuristic(self, tensors: Tensors) -> Config:
+    def _chosen(self, tensors: Tensors) -> Config:
         """For the GPU that the tensors are on, or for an H100 in the interpreter."""
-        q = tensors["q"]
-        dims = {"heads": q.shape[2], "kv_heads": tensors["k_cache"].shape[1], "head_dim": q.shape[3]}
-        gpu = present(q.device.index or 0) if q.is_cuda else GPUS["h100"]
-        return self.default(Case(dtype="bfloat16", dims=dims), gpu)
+        q, k_cache = tensors["q"], tensors["k_cache"]
+        batch, chunk, heads, head_dim = q.shape
+        dims = {"batch": batch, "chunk": chunk, "start": 0, "heads": heads, "kv_heads": k_cache.shape[1]}
+        dims |= {"head_dim": head_dim, "images": int("visible_end" in tensors), "ragged": 0}
+        dims["window" if self.name == "window_prefill" else "slots"] = k_cache.shape[2]
+        return chosen_config(self, Case(dtype="bfloat16", dims=dims), q.device)
 
     def launches(self, case: Case, config: Config, tensors: Tensors) -> tuple[Launch, ...]:
         return (self.launch(config, tensors, case.dims["head_dim"] ** -0.5),)

@@ -32,6 +32,7 @@ from autotune.draw import Draw
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
 from autotune.kernels.cache_write import cache_write_oracle
+from autotune.kernels.dependent import best_dependent, dependent_refusal, release, wait
 from autotune.kernels.rms_norm import EPS, rms_norm_oracle
 from autotune.kernels.rotary import inverse_frequencies, rotate
 from autotune.launch import Launch
@@ -84,18 +85,21 @@ def _cos_sin(angle):
 
 @triton.jit
 def _norm_and_rotate(
-    row_ptr, scale_ptr, frequency_ptr, position, inside_X1, eps, HEAD_DIM: tl.constexpr, X: tl.constexpr
-):
-    """Both halves of X heads, fp32, not yet rounded."""
+    row_ptr, scale_ptr, frequency_ptr, start_ptr, step, inside_X1, eps,
+    HEAD_DIM: tl.constexpr, X: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Both halves of X heads, fp32, not yet rounded; waits for what the launch before this one writes."""
     half_E = tl.arange(0, HEAD_DIM // 2)
     offset_XE = tl.arange(0, X)[:, None] * HEAD_DIM + half_E[None, :]
     stored = row_ptr.dtype.element_ty
-    x1_XE = tl.load(row_ptr + offset_XE, inside_X1, other=0.0).to(tl.float32)
-    x2_XE = tl.load(row_ptr + HEAD_DIM // 2 + offset_XE, inside_X1, other=0.0).to(tl.float32)
     scale1_E = tl.load(scale_ptr + half_E)
     scale2_E = tl.load(scale_ptr + HEAD_DIM // 2 + half_E)
-    cos_E, sin_E = _cos_sin(position.to(tl.float32) * tl.load(frequency_ptr + half_E))
+    frequency_E = tl.load(frequency_ptr + half_E)
+    wait(DEPENDENT)
+    cos_E, sin_E = _cos_sin((tl.load(start_ptr) + step).to(tl.float32) * frequency_E)
     cos_E, sin_E = cos_E.to(stored).to(tl.float32), sin_E.to(stored).to(tl.float32)
+    x1_XE = tl.load(row_ptr + offset_XE, inside_X1, other=0.0).to(tl.float32)
+    x2_XE = tl.load(row_ptr + HEAD_DIM // 2 + offset_XE, inside_X1, other=0.0).to(tl.float32)
     inverse_X = tl.rsqrt((tl.sum(x1_XE * x1_XE, 1) + tl.sum(x2_XE * x2_XE, 1)) / HEAD_DIM + eps)
     n1_XE = (x1_XE * inverse_X[:, None] * scale1_E[None, :]).to(stored).to(tl.float32)
     n2_XE = (x2_XE * inverse_X[:, None] * scale2_E[None, :]).to(stored).to(tl.float32)
@@ -104,19 +108,33 @@ def _norm_and_rotate(
 
 
 @triton.jit
+def _places(
+    start_ptr, length_ptr, token, sequence, step, first, inside_X1, slots,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CACHE: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """Where X rows of k or v go, and which of them do."""
+    head_X1 = first + tl.arange(0, X)[:, None]
+    if CACHE:
+        position = tl.load(start_ptr) + step
+        if length_ptr is None:
+            real = position >= 0
+        else:
+            real = step < tl.load(length_ptr + sequence)
+        return ((sequence * KV_HEADS + head_X1) * slots + position % slots) * HEAD_DIM, inside_X1 & real
+    return (token * KV_HEADS + head_X1) * HEAD_DIM, inside_X1
+
+
+@triton.jit
 def _qk_norm_rope_kernel(
     qkv_ptr, q_scale_ptr, k_scale_ptr, frequency_ptr, start_ptr, length_ptr, q_ptr, k_ptr, v_ptr, tokens, slots, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CACHE: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
     sequence = (tl.program_id(0) // tokens).to(tl.int64)
     step = tl.program_id(0) % tokens
     token = tl.program_id(0).to(tl.int64)
-    position = tl.load(start_ptr + sequence) + step
-    if length_ptr is None:
-        real = position >= 0
-    else:
-        real = step < tl.load(length_ptr + sequence)
+    start_ptr += sequence
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     block = tl.program_id(1)
@@ -127,28 +145,32 @@ def _qk_norm_rope_kernel(
         first = block * BLOCK_HEADS
         inside_X1 = head_X1 < HEADS - first
         y1_XE, y2_XE = _norm_and_rotate(
-            row_ptr + first * HEAD_DIM, q_scale_ptr, frequency_ptr, position, inside_X1, eps, HEAD_DIM, BLOCK_HEADS
-        )
+            row_ptr + first * HEAD_DIM, q_scale_ptr, frequency_ptr, start_ptr, step, inside_X1, eps,
+            HEAD_DIM, BLOCK_HEADS, DEPENDENT,
+        )  # fmt: skip
         to_XE = q_ptr + (token * HEADS + first) * HEAD_DIM + head_X1 * HEAD_DIM + half_1E
         tl.store(to_XE, y1_XE.to(q_ptr.dtype.element_ty), inside_X1)
         tl.store(to_XE + HEAD_DIM // 2, y2_XE.to(q_ptr.dtype.element_ty), inside_X1)
     else:
         first = (block - q_blocks) % kv_blocks * BLOCK_HEADS
         inside_X1 = head_X1 < KV_HEADS - first
-        if CACHE:
-            kept_X1 = inside_X1 & real
-            offset_X1 = ((sequence * KV_HEADS + first + head_X1) * slots + position % slots) * HEAD_DIM
-        else:
-            kept_X1 = inside_X1
-            offset_X1 = (token * KV_HEADS + first + head_X1) * HEAD_DIM
         if block < q_blocks + kv_blocks:
             y1_XE, y2_XE = _norm_and_rotate(
-                row_ptr + (HEADS + first) * HEAD_DIM, k_scale_ptr, frequency_ptr, position, inside_X1, eps,
-                HEAD_DIM, BLOCK_HEADS,
+                row_ptr + (HEADS + first) * HEAD_DIM, k_scale_ptr, frequency_ptr, start_ptr, step, inside_X1, eps,
+                HEAD_DIM, BLOCK_HEADS, DEPENDENT,
+            )  # fmt: skip
+            offset_X1, kept_X1 = _places(
+                start_ptr, length_ptr, token, sequence, step, first, inside_X1, slots,
+                KV_HEADS, HEAD_DIM, CACHE, BLOCK_HEADS,
             )  # fmt: skip
             tl.store(k_ptr + offset_X1 + half_1E, y1_XE.to(k_ptr.dtype.element_ty), kept_X1)
             tl.store(k_ptr + offset_X1 + HEAD_DIM // 2 + half_1E, y2_XE.to(k_ptr.dtype.element_ty), kept_X1)
         else:
+            wait(DEPENDENT)
+            offset_X1, kept_X1 = _places(
+                start_ptr, length_ptr, token, sequence, step, first, inside_X1, slots,
+                KV_HEADS, HEAD_DIM, CACHE, BLOCK_HEADS,
+            )  # fmt: skip
             dim_1D = tl.arange(0, HEAD_DIM)[None, :]
             from_XD = row_ptr + (HEADS + KV_HEADS + first + head_X1) * HEAD_DIM + dim_1D
             tl.store(v_ptr + offset_X1 + dim_1D, tl.load(from_XD, kept_X1), kept_X1)
@@ -269,14 +291,16 @@ def _launch(config: Config, tensors: Tensors, heads: int, kv_heads: int, slots: 
         constants=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        dependent=bool(config.constants["DEPENDENT"]),
     )
 
 
-def _default(rows: int, head_dim: int) -> Config:
+def _default(rows: int, head_dim: int, dependent: int = 0) -> Config:
     """A program a head where there are few rows, so that all are under way at once; many heads where there are many."""
     if rows <= 64:
-        return Config(constants={"BLOCK_HEADS": 1}, num_warps=1, num_stages=1)
-    return Config(constants={"BLOCK_HEADS": 8}, num_warps=4 if head_dim > 128 else 2, num_stages=1)
+        return Config(constants={"BLOCK_HEADS": 1, "DEPENDENT": dependent}, num_warps=1, num_stages=1)
+    constants = {"BLOCK_HEADS": 8, "DEPENDENT": dependent}
+    return Config(constants=constants, num_warps=4 if head_dim > 128 else 2, num_stages=1)
 
 
 class QkNormRopeCache(Kernel):
@@ -321,16 +345,17 @@ class QkNormRopeCache(Kernel):
         return f"{case.dtype} rows<={rows} {shape} to={'cache' if dims['slots'] else 'chunk'}"
 
     def space(self, case: Case) -> Space:
-        return Space(constants={"BLOCK_HEADS": (1, 2, 4, 8, 16)}, num_warps=(1, 2, 4, 8), num_stages=(1,))
+        constants = {"BLOCK_HEADS": (1, 2, 4, 8, 16), "DEPENDENT": (0, 1)}
+        return Space(constants=constants, num_warps=(1, 2, 4, 8), num_stages=(1,))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         values = config.constants["BLOCK_HEADS"] * case.dims["head_dim"]
         if values > 64 * 32 * config.num_warps:
             return f"{values} values in {config.num_warps} warps take more than 64 registers a thread"
-        return None
+        return dependent_refusal(config.constants["DEPENDENT"], gpu)
 
     def default(self, case: Case, gpu: Gpu) -> Config:
-        return _default(case.dims["batch"] * case.dims["tokens"], case.dims["head_dim"])
+        return _default(case.dims["batch"] * case.dims["tokens"], case.dims["head_dim"], best_dependent(gpu))
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         batch, tokens, heads, kv_heads, head_dim, slots = (

@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.chosen import chosen_config
 from autotune.draw import Draw
 from autotune.kernel import Case, Config, Cost, Stage, Tensors, Use
-from autotune.kernels.norm_rows import FLOATS, RowNorm, norm_config, norm_launch
+from autotune.kernels.dependent import release, wait
+from autotune.kernels.norm_rows import FLOATS, RowNorm, norm_launch
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -46,14 +48,18 @@ def add_rms_norm_oracle(
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, scale_ptr, y_ptr, h_ptr, next_scale_ptr, rows, hidden, eps,
-    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_H: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    release(DEPENDENT)
     row_R = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column_H = tl.arange(0, BLOCK_H)
     inside_RH = (row_R < rows)[:, None] & (column_H < hidden)[None, :]
     offset_RH = row_R.to(tl.int64)[:, None] * hidden + column_H[None, :]
+    scale_H = tl.load(scale_ptr + column_H, column_H < hidden, other=0.0)  # weights do not have to be waited for
+    if RESIDUAL:
+        next_scale_H = tl.load(next_scale_ptr + column_H, column_H < hidden, other=0.0)
+    wait(DEPENDENT)
     x_RH = tl.load(x_ptr + offset_RH, inside_RH, other=0.0).to(tl.float32)
-    scale_H = tl.load(scale_ptr + column_H, column_H < hidden, other=0.0)
     y_RH = x_RH * tl.rsqrt(tl.sum(x_RH * x_RH, 1) / hidden + eps)[:, None] * scale_H[None, :]
     if RESIDUAL:
         stored = h_ptr.dtype.element_ty
@@ -61,7 +67,6 @@ def _rms_norm_kernel(
         h_RH = (h_RH + y_RH.to(stored).to(tl.float32)).to(stored)
         tl.store(h_ptr + offset_RH, h_RH, inside_RH)
         h_RH = h_RH.to(tl.float32)
-        next_scale_H = tl.load(next_scale_ptr + column_H, column_H < hidden, other=0.0)
         y_RH = h_RH * tl.rsqrt(tl.sum(h_RH * h_RH, 1) / hidden + eps)[:, None] * next_scale_H[None, :]
     tl.store(y_ptr + offset_RH, y_RH.to(y_ptr.dtype.element_ty), inside_RH)
 
@@ -72,14 +77,14 @@ def rms_norm(x_TH: Tensor, scale_H: Tensor, *, config: Config | None = None) -> 
     Args:
         x_TH: bf16 or fp32.
         scale_H: fp32, 1 + w.
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit.
     """
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, scale_H, y_TH)
-    _launch(config or norm_config(x_TH.shape[1]), x_TH, scale_H, y_TH).run()
+    _launch(config or _chosen(x_TH, residual=False), x_TH, scale_H, y_TH).run()
     return y_TH
 
 
@@ -89,8 +94,17 @@ def add_rms_norm_(
     """The residual form: adds to ``h_TH`` in place and returns the norm of the sum; arguments as above."""
     y_TH = torch.empty_like(x_TH)
     _check(x_TH, scale_H, y_TH, h_TH, next_scale_H)
-    _launch(config or norm_config(x_TH.shape[1]), x_TH, scale_H, y_TH, h_TH, next_scale_H).run()
+    _launch(config or _chosen(x_TH, residual=True), x_TH, scale_H, y_TH, h_TH, next_scale_H).run()
     return y_TH
+
+
+def _chosen(x_TH: Tensor, *, residual: bool) -> Config:
+    rows, hidden = x_TH.shape
+    case = Case(
+        dtype=str(x_TH.dtype).removeprefix("torch."),
+        dims={"rows": rows, "hidden": hidden, "residual": int(residual)},
+    )
+    return chosen_config(RmsNorm(), case, x_TH.device)
 
 
 def _check(
@@ -129,8 +143,15 @@ class RmsNorm(RowNorm):
         if stage == "vision":
             return ()
         rows = batch if stage == "decode" else batch * context
-        case = Case(dtype="bfloat16", dims={"rows": rows, "hidden": model.hidden, "residual": 1})
-        return (Use(name="norms and residual", case=case, count=2 * model.layers),)
+        dims = {"rows": rows, "hidden": model.hidden}
+        return (
+            Use(name="first norm", case=Case(dtype="bfloat16", dims=dims | {"residual": 0}), count=1),
+            Use(
+                name="norms and residual",
+                case=Case(dtype="bfloat16", dims=dims | {"residual": 1}),
+                count=2 * model.layers,
+            ),
+        )
 
     def inputs(self, case: Case, *, device: torch.device | str, seed: int = 0) -> Tensors:
         draw, dtype = Draw(device, seed), getattr(torch, case.dtype)

@@ -1,29 +1,35 @@
 """The next token of each row of logits, on the GPU: greedy, or drawn after temperature, top-k, top-p and min-p.
 
-Legend: B rows, V vocabulary, g groups of neighbouring logits in a row.
+Legend: B rows, V vocabulary, g groups of neighbouring logits in a row, P borders.
 
 The options of :class:`runtimes.sampling.SamplingOptions` are tensors of one value a row, so that one recorded launch
 serves all requests. Their order is that module's: repetition penalty, temperature, top-k (ties with the last are kept),
 top-p (the fewest tokens that reach it), min-p, and the inverse transform of the row's uniform number: in descending
 order of logits, ties by ascending id, or in order of ids where nothing is filtered. Greedy takes the lowest id among the
-largest. Every value of every option is served; what keeps tens of thousands of tokens is only slower. A row that holds
-a NaN or an infinity gives -1. Two launches:
+largest. A row that holds a NaN or an infinity gives -1.
 
-1. Many programs reduce each group to its largest logit and its sum of weights, exp((x - largest) / temperature).
-2. One program a row first bounds the logits that can matter: the k-th largest of the groups' maxima lies no higher than
-   the k-th largest logit, and what weighs less than (1 - top_p) / V of the sum cannot reach the nucleus. It gathers what
-   reaches the bound from the groups that hold any. Among these candidates it finds three thresholds: where the count
-   comes to k, where the weights come to top_p of their sum, and where they pass uniform x sum. Each search compares with
-   several pivots at a time until one value is left, so that nothing is sorted, and ties are exact.
+Weights are integers (:mod:`autotune.kernels.sample_order`), and so is every sum of them: the oracle's token is the
+kernels', bit for bit, whatever the GPU, the configuration or the order of adding up. What a filter keeps is always the
+beginning of the row in descending order, so that it is known by its mass; the last token that top-p keeps, and the token
+that is drawn, are both found by the place in the row's mass that they cover.
 
-Counts are exact. Weights are fp32 and add up in fp64: a token differs from one computed in fp64 only where its target
-lies within about 1e-6 of the boundary between two tokens.
+    launches                               a row of V logits reads
+    1. largest and smallest of each group  4 V bytes
+    2. greedy and top-k (up to g): the token, by one program, from the groups that hold any of the k largest;
+       other rows: masses before P borders 4 V
+    3-5. top-p: where its last token lies  8 V: masses between two of the borders, a list of what lies between two of
+                                           those, and the token of that list that covers the place
+    6-8. the draw likewise                 8 V
+
+A launch that a row has no need of leaves at once. Every value of every option is served; a top-k of more than g tokens
+is only slower.
 
 Sources: arXiv 1904.09751 (top-p), 2407.01082 (min-p), 1909.05858 (repetition penalty).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -33,7 +39,16 @@ from torch import Tensor
 
 from autotune.gpu import Gpu
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
-from autotune.kernels.sample_threshold import pick_kernel, reduce_groups_kernel
+from autotune.kernels.sample_order import C0, C1, C2, C3, C4, C5, C6, FARTHEST, RATE
+from autotune.kernels.sample_passes import (
+    LINE,
+    STATE,
+    find_kernel,
+    first_kernel,
+    list_kernel,
+    narrow_kernel,
+    reduce_kernel,
+)
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.tensor_checks import check_tensor
@@ -48,11 +63,24 @@ OPTION_DTYPES = {
     "penalty": torch.float32,
 }
 """Tensors [B] of options. Greedy is temperature 0; no filter is top-k 0, top-p 1, min-p 0, penalty 1."""
-_DEFAULT = {"GROUP": 128, "BLOCK": 4096, "CHUNK": 2048, "SEARCH": 256, "PIVOTS": 16}
+MOST_TOKENS = 2**22
+"""V at most: sums of weights stay below 2**62."""
+_DEFAULT = {"GROUP": 128, "BLOCK": 2048, "CHUNK": 4096, "SEARCH": 256, "PIVOTS": 32, "DEPENDENT": 0}
+
+
+def weights_of(logits_V: Tensor, temperature: float) -> Tensor:
+    """Weights of a row, int64: 2**40 exp((x - largest) / temperature), to 1e-7 or to 1, whichever is more."""
+    rate = torch.tensor(RATE.value, dtype=torch.float32) / torch.tensor(temperature, dtype=torch.float32)
+    steps_V = ((logits_V.max() - logits_V) * rate.to(logits_V.device)).clamp(max=FARTHEST.value).long()
+    h_V = (steps_V & 0xFFFFFF) * 64 - 2**29
+    m_V = torch.full_like(h_V, C6.value)
+    for c in (C5, C4, C3, C2, C1, C0):
+        m_V = ((m_V * h_V) >> 30) + c.value
+    return (m_V << 10) >> (steps_V >> 24)
 
 
 def sample_oracle(logits_BV: Tensor, options: Tensors, uniform_B: Tensor, seen_BV: Tensor | None = None) -> Tensor:
-    """The torch oracle: tokens int32 [B], computed in fp64 beyond the penalty."""
+    """The torch oracle: tokens int32 [B]."""
     tokens = []
     for row, logits_V in enumerate(logits_BV):
         o = {name: values_B[row].item() for name, values_B in options.items()}
@@ -67,25 +95,25 @@ def sample_oracle(logits_BV: Tensor, options: Tensors, uniform_B: Tensor, seen_B
 def _picked(logits_V: Tensor, o: dict[str, float], uniform: float) -> int:
     if not bool(logits_V.isfinite().all()):
         return -1
-    largest = logits_V.max()
     if o["temperature"] <= 0:
-        return int((logits_V == largest).nonzero()[0])
-    weights_V = ((logits_V.double() - largest) / o["temperature"]).exp()
+        return int((logits_V == logits_V.max()).nonzero()[0])
+    weights_V = weights_of(logits_V, o["temperature"])
     if o["top_k"] <= 0 and o["top_p"] >= 1 and o["min_p"] <= 0:
-        ids_K, weights_K = torch.arange(len(weights_V), device=logits_V.device), weights_V
+        ids_K = torch.arange(len(weights_V), device=logits_V.device)
     else:
         sorted_V, ids_K = torch.sort(logits_V, descending=True, stable=True)
         if 0 < o["top_k"] < len(logits_V):
             ids_K = ids_K[: int((sorted_V >= sorted_V[int(o["top_k"]) - 1]).sum())]
-        weights_K = weights_V[ids_K]
-        if o["top_p"] < 1:
-            before_K = weights_K.cumsum(0) - weights_K
-            keep = max(1, int((before_K < o["top_p"] * weights_K.sum()).sum()))
-            ids_K, weights_K = ids_K[:keep], weights_K[:keep]
-        ids_K, weights_K = ids_K[weights_K >= o["min_p"]], weights_K[weights_K >= o["min_p"]]
-    cumulative_K = weights_K.cumsum(0)
-    place = int(torch.searchsorted(cumulative_K, uniform * cumulative_K[-1], right=True))
-    return int(ids_K[min(place, len(ids_K) - 1)])
+    weights_K = weights_V[ids_K]
+    end_K = weights_K.cumsum(0)
+    mass = int(end_K[-1])
+    likely = int(weights_K[weights_K >= math.ceil(o["min_p"] * 2**40)].sum())
+    if o["top_p"] < 1:
+        needed = min(max(math.ceil(o["top_p"] * float(mass)), 1), mass)
+        mass = int(end_K[(end_K < needed).sum()])
+    mass = min(mass, likely)
+    place = min(int(uniform * float(mass)), mass - 1)
+    return int(ids_K[(end_K <= place).sum()])
 
 
 def option_tensors(options: Sequence[SamplingOptions], device: torch.device | str) -> Tensors:
@@ -128,6 +156,8 @@ def sample(
     device = logits_BV.device
     if len(options) != rows:
         raise UsageError(f"sampling needs options for each of {rows} rows of logits, but got {len(options)}")
+    if vocab > MOST_TOKENS:
+        raise UsageError(f"sampling takes rows of up to {MOST_TOKENS} logits, but got {vocab}")
     check_tensor("logits", logits_BV, shape=(rows, vocab), dtypes=(torch.float32,), device=device)
     check_tensor("uniform", uniform_B, shape=(rows,), dtypes=(torch.float64,), device=device)
     if seen_BV is not None:
@@ -145,45 +175,84 @@ def sample(
 
 
 def _outputs(rows: int, vocab: int, config: Config, device: torch.device | str) -> Tensors:
-    groups = triton.cdiv(vocab, config.constants["GROUP"])
+    c = config.constants
+    groups, blocks = triton.cdiv(vocab, c["GROUP"]), triton.cdiv(vocab, c["BLOCK"])
     shapes = {
         "token": ((rows,), torch.int32),
         "_maxima": ((rows, groups), torch.float32),
-        "_sums": ((rows, groups), torch.float32),
+        "_tops": ((rows, blocks), torch.float32),
+        "_bottoms": ((rows, blocks), torch.float32),
         "_listed": ((rows, groups), torch.int32),
         "_values": ((rows, vocab), torch.float32),
         "_ids": ((rows, vocab), torch.int32),
+        "_scratch": ((rows, 2 * c["SEARCH"]), torch.int64),
+        "_state": ((rows, STATE), torch.int64),
+        "_borders": ((rows, 3, c["PIVOTS"]), torch.int64),
     }
-    return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    return tensors | {"_zero_sums": torch.zeros((rows, _sums(c["PIVOTS"])), dtype=torch.int64, device=device)}
 
 
-def _launches(config: Config, tensors: Tensors) -> tuple[Launch, Launch]:
+def _sums(pivots: int) -> int:
+    return 4 * pivots + 2 * int(LINE.value)
+
+
+_OPTIONS = ("temperature", "penalty", "top_k", "top_p", "min_p", "uniform")
+_LIST = ("values", "ids", "scratch")
+_FIRST = (
+    *_OPTIONS,
+    "maxima",
+    "tops",
+    "bottoms",
+    "listed",
+    *_LIST,
+    "state",
+    "borders",
+    "sums",
+    "token",
+    "vocab",
+    "groups",
+)
+_NARROW = ("temperature", "penalty", "top_p", "uniform", "state", "borders", "sums", "vocab")
+_TO_LIST = ("penalty", "top_p", "state", "borders", "sums", "values", "ids", "vocab")
+_FIND = ("temperature", "top_p", "state", "borders", "sums", *_LIST, "token", "vocab")
+
+
+def _launches(config: Config, tensors: Tensors) -> tuple[Launch, ...]:
     rows, vocab = tensors["logits"].shape
     groups, c = tensors["_maxima"].shape[1], config.constants
-    both: dict[str, Any] = {"logits_ptr": tensors["logits"], "vocab": vocab, "groups": groups}
-    both |= {f"{name}_ptr": tensors[name] for name in ("temperature", "penalty")}
-    both |= {f"{name}_ptr": tensors[f"_{name}"] for name in ("maxima", "sums")}
-    constants: dict[str, Any] = {"GROUP": c["GROUP"]}
-    (both if "seen" in tensors else constants)["seen_ptr"] = tensors.get("seen")
-    reduce = Launch(
-        function=reduce_groups_kernel,
-        grid=(triton.cdiv(groups, c["BLOCK"] // c["GROUP"]), rows, 1),
-        arguments=both,
-        constants=constants | {"BLOCK_GROUPS": c["BLOCK"] // c["GROUP"]},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    own = {f"{name}_ptr": tensors[name] for name in ("top_k", "top_p", "min_p", "uniform", "token")}
-    own |= {f"{name}_ptr": tensors[f"_{name}"] for name in ("listed", "values", "ids")}
-    pick = Launch(
-        function=pick_kernel,
-        grid=(rows, 1, 1),
-        arguments=both | own,
-        constants=constants | {name: c[name] for name in ("CHUNK", "SEARCH", "PIVOTS")},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return reduce, pick
+    named: dict[str, Any] = {name.removeprefix("_zero").removeprefix("_"): tensor for name, tensor in tensors.items()}
+    named |= {"vocab": vocab, "groups": groups}
+    fixed = dict(c) | {"STATE": STATE, "WIDE": triton.next_power_of_2(_sums(c["PIVOTS"]))}
+
+    def launch(function: Any, grid: tuple[int, int], arguments: Sequence[str], constants: str, **more: int) -> Launch:
+        given = {name if name in ("vocab", "groups") else f"{name}_ptr": named[name] for name in arguments}
+        set_: dict[str, Any] = {name: fixed[name] for name in (*constants.split(), "DEPENDENT")} | more
+        (given if "seen" in named else set_)["seen_ptr"] = named.get("seen")
+        return Launch(
+            function=function,
+            grid=(*grid, 1),
+            arguments=given,
+            constants=set_,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            dependent=bool(c["DEPENDENT"]),
+        )
+
+    blocks = (triton.cdiv(vocab, c["BLOCK"]), rows)
+    passes = [
+        launch(
+            reduce_kernel, blocks, ("logits", "penalty", "maxima", "tops", "bottoms", "vocab", "groups"), "GROUP BLOCK"
+        ),
+        launch(first_kernel, blocks, ("logits", *_FIRST), "GROUP BLOCK CHUNK SEARCH PIVOTS STATE"),
+    ]
+    for which in (0, 1):
+        passes += [
+            launch(narrow_kernel, blocks, ("logits", *_NARROW), "BLOCK SEARCH PIVOTS STATE", WHICH=which),
+            launch(list_kernel, blocks, ("logits", *_TO_LIST), "BLOCK PIVOTS STATE", WHICH=which),
+            launch(find_kernel, (rows, 1), _FIND, "SEARCH PIVOTS WIDE STATE", WHICH=which),
+        ]
+    return tuple(passes)
 
 
 def _default() -> Config:
@@ -196,7 +265,11 @@ class Sample(Kernel):
     name: ClassVar[str] = "sample"
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
     stages: ClassVar[tuple[Stage, ...]] = ("prefill", "decode")
-    source: ClassVar[tuple[str, ...]] = ("autotune.kernels.sample", "autotune.kernels.sample_threshold")
+    source: ClassVar[tuple[str, ...]] = (
+        "autotune.kernels.sample",
+        "autotune.kernels.sample_order",
+        "autotune.kernels.sample_passes",
+    )
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:
         if stage == "vision":
@@ -215,19 +288,27 @@ class Sample(Kernel):
     def space(self, case: Case) -> Space:
         constants = {
             "GROUP": (32, 64, 128, 256),
-            "BLOCK": (1024, 2048, 4096, 8192),
-            "CHUNK": (1024, 2048, 4096, 8192),
-            "SEARCH": (128, 256, 512, 1024),
-            "PIVOTS": (4, 8, 16, 32),
+            "BLOCK": (1024, 2048, 4096),
+            "CHUNK": (1024, 2048, 4096),
+            "SEARCH": (128, 256, 512),
+            "PIVOTS": (16, 32),
+            "DEPENDENT": (0,),
         }
         return Space(constants=constants, num_warps=(4, 8, 16), num_stages=(1,))
 
     def refusal(self, case: Case, config: Config, gpu: Gpu) -> str | None:
         c = config.constants
-        for name, tile in (("CHUNK", c["CHUNK"]), ("BLOCK", c["BLOCK"]), ("PIVOTS", c["PIVOTS"] * c["SEARCH"])):
-            if tile // (32 * config.num_warps) > 64:
+        tiles = (
+            ("CHUNK", c["CHUNK"], 64),
+            ("BLOCK", c["BLOCK"], 64),
+            ("PIVOTS", c["PIVOTS"] // 4 * c["CHUNK"], 128),
+            ("SEARCH", c["PIVOTS"] * c["SEARCH"], 32),  # sums of 64 bits
+        )
+        for name, tile, most in tiles:
+            if tile // (32 * config.num_warps) > most:
                 return f"{name}: {tile} values in {config.num_warps} warps take too many registers a thread"
-        return None
+        # On an H100 dependent launches gained nothing beyond greedy rows, and 3 of 1040 draws were wrong with an earlier version.
+        return "its launches are not known to be right as dependent ones" if c["DEPENDENT"] else None
 
     def default(self, case: Case, gpu: Gpu) -> Config:
         return _default()
@@ -263,6 +344,9 @@ class Sample(Kernel):
         if "seen" not in inputs:
             return {"token": token}
         return {"token": token, "seen": inputs["seen"].scatter(1, token.long()[:, None], 1)}
+
+    def in_place(self, case: Case) -> frozenset[str]:
+        return frozenset() if case.dims["penalty"] == 100 else frozenset({"seen"})
 
     def cost(self, case: Case) -> Cost:
         rows, vocab = case.dims["rows"], case.dims["vocab"]

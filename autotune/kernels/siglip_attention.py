@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autotune.chosen import chosen_config
 from autotune.draw import Draw
 from autotune.gpu import GPUS, Gpu, present
 from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, Use
@@ -121,7 +122,7 @@ def siglip_attention(q_IPAD: Tensor, k_IPAD: Tensor, v_IPAD: Tensor, *, config: 
 
     Args:
         q_IPAD, k_IPAD, v_IPAD: bf16; views with equal strides, as of one buffer [I, P, 3, A, D].
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: shapes, dtypes, devices or strides that do not fit, or a configuration that the GPU refuses.
@@ -143,7 +144,7 @@ def siglip_attention(q_IPAD: Tensor, k_IPAD: Tensor, v_IPAD: Tensor, *, config: 
     dims = {"images": images, "patches": patches, "heads": heads, "head_dim": head_dim}
     case, kernel = Case(dtype="bfloat16", dims=dims), SiglipAttention()
     gpu = present(q_IPAD.device.index or 0) if q_IPAD.is_cuda else GPUS["h100"]
-    config = config or kernel.default(case, gpu)
+    config = config or chosen_config(kernel, case, q_IPAD.device)
     refused = kernel.refusal(case, config, gpu)
     if refused is not None:
         raise UsageError(f"siglip_attention cannot run {config} on {gpu.name}: {refused}")

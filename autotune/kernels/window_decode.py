@@ -37,7 +37,7 @@ def window_decode(
             that no position was written to may hold anything.
         position_B: int32, the token's position in its sequence; -1: an idle sequence, whose output is zeros.
         scale: what the scores are multiplied by.
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit.
@@ -49,8 +49,13 @@ class WindowDecode(DecodeAttention):
     """``slots`` is W; dims as :class:`autotune.kernels.decode_attention.DecodeAttention` has them."""
 
     name: ClassVar[str] = "window_decode"
-    source: ClassVar[tuple[str, ...]] = ("autotune.kernels.window_decode", "autotune.kernels.decode_attention")
-    PROGRAMS: ClassVar[int] = 1
+    source: ClassVar[tuple[str, ...]] = (
+        "autotune.kernels.window_decode",
+        "autotune.kernels.decode_attention",
+        "autotune.kernels.dependent",
+    )
+    PROGRAMS: ClassVar[int] = 2
+    WIDE: ClassVar[bool] = False
     SPLITS: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64)
 
     def uses(self, model: ModelShapes, stage: Stage, *, batch: int, context: int, dtype: str) -> tuple[Use, ...]:

@@ -153,7 +153,7 @@ def window_prefill(
         start_B: int32, position of the chunk's first token in each sequence.
         length_B: int32, how many of the S tokens are real.
         image_ids_BS: which image a token belongs to, -1 for text; an image lies contiguous in one chunk. None: all text.
-        config: None takes the heuristic.
+        config: None takes what was tuned for this GPU, or the heuristic.
 
     Raises:
         UsageError: a shape, dtype or device that does not fit.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
 from gemma3_compile import doctor
 from gemma3_compile.cli.choices import NearChoice
+from runtimes.bundle import Bundle
 
 _COLOURS = {"works": "green", "missing": "yellow", "planned": "blue"}
 _NEEDS = NearChoice(["build", "ort", "ort-cuda", "trt", "trt-rtx", "cuda"])
@@ -22,14 +24,17 @@ _NEEDS = NearChoice(["build", "ort", "ort-cuda", "trt", "trt-rtx", "cuda"])
     multiple=True,
     help="Exit with 1 unless this works; may be given many times. [default: ort]",
 )
+@click.option("--bundle", type=click.Path(path_type=Path), help="Also say whether this bundle runs here.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @click.pass_context
-def command(ctx: click.Context, needs: tuple[str, ...], as_json: bool) -> None:
+def command(ctx: click.Context, needs: tuple[str, ...], bundle: Path | None, as_json: bool) -> None:
     """Say which targets work on this host, and what is missing for the others.
 
-    Exit code 0 if everything that --need names works, else 1.
+    Exit code 0 if everything that --need names works, and the bundle of --bundle, else 1.
     """
-    found = doctor.examine()
+    found = doctor.examine(None if bundle is None else Bundle.open(bundle))
+    if bundle is not None:
+        needs = (*needs, "bundle")
     lacking = [need for need in needs or ("ort",) if found.state(need) != "works"]
     if as_json:
         click.echo(json.dumps({**asdict(found), "lacking": lacking}, indent=2))

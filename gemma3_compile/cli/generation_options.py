@@ -103,8 +103,11 @@ class GenerationSettings:
     def load(self, bundle: Path) -> Engine:
         """The bundle as an engine, with the three thresholds of Pan & Scan in place."""
         import runtimes
+        from gemma3_compile.cli.bars import Bars
 
-        engine = runtimes.load(bundle, provider=self.provider, threads=self.threads, context=self.context)
+        engine = runtimes.load(
+            bundle, provider=self.provider, threads=self.threads, context=self.context, progress=Bars()
+        )
         self._set_thresholds(engine)
         return engine
 

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXTS = (1024, 8192, 32768)
 DEFAULT_SIZES = tuple(size for size in PRESETS if size != "nano")
 DTYPES = ("bfloat16", "int8", "int4")
-MOST_AHEAD = 8
-"""Trials that are compiled while one is timed: half of the cores' worth. More would make TPE draw without knowing how the last ones did."""
+MOST_AT_ONCE, MOST_AHEAD = 4, 3
+"""Studies side by side, and trials of each that are in hand: enough for 16 cores. More trials of one study would
+make TPE draw without knowing how the last ones did."""
 _MODES = ("export_path", "import_path")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -182,8 +183,6 @@ def run_studies(
     gpu = problems[0].gpu
     store.check_writable(gpu)
     storage = open_storage(storage_url)
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    effort = Effort(sampler=sampler, trials=trials, deadline=deadline, ahead=ahead())
     studies = "1 study" if len(problems) == 1 else f"{len(problems)} studies"
     bars.note(f"{studies} on {gpu.name}, kept in {storage.place}; records go to {store.folder}")
     results = []
@@ -191,7 +190,10 @@ def run_studies(
         CompilerPool(timeout_s=candidate_timeout_s) as compiler,
         TrialProcess(limit_s=candidate_timeout_s) as evaluator,
     ):
-        tuner = Tuner(storage, store, evaluator, effort, compiler=compiler, progress=bars)
+        evaluator.start()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        effort = Effort(sampler=sampler, trials=trials, deadline=deadline, ahead=ahead())
+        tuner = Tuner(storage, store, evaluator, effort, at_once=at_once(), compiler=compiler, progress=bars)
         for tuned in tuner.tune(problems):
             report(tuned)
             results.append(tuned)
@@ -216,9 +218,14 @@ def as_json_of(tuned: Tuned) -> dict[str, object]:
     }
 
 
+def at_once() -> int:
+    """How many studies this host runs side by side."""
+    return max(1, min(MOST_AT_ONCE, len(os.sched_getaffinity(0)) // 4))
+
+
 def ahead() -> int:
-    """How many trials this host compiles while one is timed."""
-    return max(2, min(MOST_AHEAD, len(os.sched_getaffinity(0)) // 2))
+    """How many trials of a study are in hand: one is timed, the others are compiled."""
+    return max(2, min(MOST_AHEAD, len(os.sched_getaffinity(0)) // 4))
 
 
 def _check_alone(ctx: click.Context) -> None:

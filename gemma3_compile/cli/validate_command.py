@@ -70,7 +70,8 @@ def command(
 ) -> None:
     """Compare each stage of BUNDLE with the eager model, find the first layer that drifts, and say why.
 
-    Exit code 1 beyond tolerance. Needs the extra build.
+    Exit code 1 beyond tolerance. Needs the extra build. A bundle for TensorRT that cannot be run here, or with --provider
+    cpu, is interpreted: torch computes the networks that its plans were built from, and the report says so.
 
     \b
     gemma3c validate bundles/270m                             against its own weights: is the graph right?

@@ -28,7 +28,7 @@ class Piece:
     """A chunk of one sequence, or one token of it, as a layer gets it.
 
     Args:
-        x_SH: the residual stream, fp32.
+        x_SH: the residual stream; its type is that of all that is computed of it.
         start: position of its first token.
         image_ids_S: int64, -1 for text; None where the piece has no picture.
     """
@@ -86,8 +86,8 @@ class LayerCall:
     def _empty_cache(self) -> tuple[Tensor, Tensor]:
         end = max(piece.start + len(piece) for piece in self.pieces)
         slots = self.config.sliding_window if self.kind == "local" else end
-        shape = (1, self.config.num_kv_heads, slots, self.config.head_dim)
-        return torch.zeros(shape), torch.zeros(shape)
+        shape, dtype = (1, self.config.num_kv_heads, slots, self.config.head_dim), self.pieces[0].x_SH.dtype
+        return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
     def with_weight(self, change: Callable[[Tensor], Tensor], *names: str) -> LayerCall:
         """The call with ``change`` applied to some weights."""
@@ -136,13 +136,13 @@ class EmbeddingCall:
         x_SH = self.rows_SH * self.scale
         if self.features_MH is None or self.feature_rows_S is None:
             return x_SH
-        image_SH = self.features_MH[self.feature_rows_S.clamp(min=0)]
+        image_SH = self.features_MH[self.feature_rows_S.clamp(min=0)].to(x_SH.dtype)
         return torch.where((self.feature_rows_S >= 0)[:, None], image_SH, x_SH)
 
 
-def embedding_scale(config: TextConfig) -> float:
-    """What fp32 embeddings are multiplied by: the root of the hidden size, rounded to fp32."""
-    return float(torch.tensor(config.embed_scale, dtype=torch.float32).item())
+def embedding_scale(config: TextConfig, dtype: torch.dtype = torch.float32) -> float:
+    """What embeddings are multiplied by: the root of the hidden size, rounded to the model's type."""
+    return float(torch.tensor(config.embed_scale, dtype=dtype).item())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,15 +168,21 @@ class HeadCall:
             norm = RMSNorm(x_RH.shape[1], self.eps)
             fill(norm, {"weight": self.norm_H})
             x_RH = norm(x_RH)
-        logits_RV = F.linear(x_RH, self.table_VH)
+        logits_RV = F.linear(x_RH, self.table_VH).float()
         return logits_RV if self.cap is None else self.cap * torch.tanh(logits_RV / self.cap)
 
 
 class Embedding:
-    """The tied table of ``weights``, which lookups and the head share; held while this lives."""
+    """The tied table of ``weights``, which lookups and the head share; held while this lives.
 
-    def __init__(self, weights: Weights) -> None:
+    Args:
+        scale_dtype: the type of the model that the table is of. One in bfloat16 multiplies embeddings by a rounded
+            number, which whoever computes it in fp32 must take too.
+    """
+
+    def __init__(self, weights: Weights, scale_dtype: torch.dtype = torch.float32) -> None:
         self.config: ModelConfig = weights.config
+        self.scale = embedding_scale(weights.config.text, scale_dtype)
         self.table_VH = weights.read("decoder.embed_tokens.weight")
         self.norm_H = weights.read("decoder.norm.weight")
 
@@ -186,7 +192,7 @@ class Embedding:
         """The right call for these tokens."""
         return EmbeddingCall(
             rows_SH=self.table_VH[token_ids_S],
-            scale=embedding_scale(self.config.text),
+            scale=self.scale,
             features_MH=features_MH,
             feature_rows_S=feature_rows_S,
         )

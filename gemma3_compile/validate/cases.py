@@ -9,7 +9,7 @@ a picture whose edges are those of its chunk, two pictures in one chunk, a pictu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,13 +144,18 @@ def all_rows(facts: ModelFacts, length: int) -> bool:
     return length * facts.vocab_size * 4 <= _ROWS_BYTES
 
 
-def text_cases(facts: ModelFacts, ids: IdsOf, tokens: int | None, slack: int = 0) -> tuple[Case, ...]:
+def text_cases(
+    facts: ModelFacts, ids: IdsOf, tokens: int | None, slack: int = 0, context: int | None = None
+) -> tuple[Case, ...]:
     """Prefill in chunks, and decode of a batch: one sequence passes the window, one wraps its cache, one is short.
 
-    ``tokens`` limits the prefill; ``slack`` is how many slots a local layer's cache has beyond its window.
+    Args:
+        tokens: limits the prefill.
+        slack: how many slots a local layer's cache has beyond its window.
+        context: the longest that the bundle takes; None where that is all that the model was made for.
     """
     window = window_of(facts)
-    room = facts.max_context - STEPS
+    room = (context or facts.max_context) - STEPS
     length = min(tokens or window + min(2 * window, 160), room)
     sizes = (min(window + 1, _LONGEST_CHUNK), 7, min(window, _LONGEST_CHUNK))
     chunks = Case(name="text in chunks", passages=(_text(ids(length), _cut(0, length, sizes)),))
@@ -179,6 +184,16 @@ def image_cases(facts: ModelFacts, ids: IdsOf) -> tuple[Case, ...]:
         Case(name="a picture at a chunk's edges", passages=(Passage(**alone, bounds=edges),)),
         Case(name="two pictures in a chunk", passages=(Passage(**pair, bounds=bounds),)),
     )
+
+
+def fitting(cases: Sequence[Case], context: int, chunk: int) -> tuple[Case, ...]:
+    """Those whose passages fit a context, and whose chunks, if they hold a picture, are not longer than ``chunk``."""
+
+    def fits(passage: Passage) -> bool:
+        pictured = (end - begin for begin, end in passage.bounds if passage.has_image(begin, end))
+        return len(passage) <= context and max(pictured, default=0) <= chunk
+
+    return tuple(case for case in cases if all(fits(passage) for passage in case.passages))
 
 
 def prompt_case(prompt: Prompt, tokens: int | None, first_picture: int) -> Case:

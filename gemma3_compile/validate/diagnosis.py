@@ -112,13 +112,17 @@ def _layers(kind: str, numbers: list[int]) -> str:
     return f"{kind} layer{'s' if len(numbers) > 1 else ''} {named}"
 
 
-def beyond_the_layers(rows: Sequence[Row], own: str, activations: str | None) -> list[Finding]:
+def beyond_the_layers(
+    rows: Sequence[Row], own: str, activations: str | None, *, short: bool = False, alone: bool = True
+) -> list[Finding]:
     """For whole passages that part although each layer alone agrees.
 
     Args:
         rows: all of them, in order.
         own: the label of the bundle's own weights.
         activations: how the bundle rounds them, None where it does not.
+        short: whether it computes in bf16.
+        alone: whether each layer was looked at alone, in fp32.
     """
     bad = [row for row in rows if not row.passed]
     if not bad:
@@ -131,6 +135,15 @@ def beyond_the_layers(rows: Sequence[Row], own: str, activations: str | None) ->
     elif activations is not None:
         cause = "activations"
         sentence = f"rounding activations to {activations} costs more than its tolerance; in fp32 each layer is sound"
+    elif not alone:
+        cause = "unknown"
+        sentence = "the numbers part by more than rounding explains; no layer was looked at alone"
+    elif short:
+        cause = "bfloat16 or runtime"
+        sentence = (
+            "in fp32 each layer alone is sound, so the numbers part in how bfloat16 is rounded, or between the layers: "
+            "caches, positions"
+        )
     else:
         cause = "runtime"
         sentence = (

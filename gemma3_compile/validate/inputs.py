@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gemma3_compile.validate.cases import (
     Case,
     Passage,
+    fitting,
     ids_of,
     image_cases,
     noise_pictures,
@@ -63,19 +64,26 @@ def read_inputs(request: ValidateRequest, bundle: Bundle) -> Inputs:
     """
     manifest = bundle.manifest
     facts, tokens = manifest.model, manifest.tokenizer
-    has_vision = "vision" in manifest.stages and "decoder_image" in manifest.stages
+    with_images = "decoder_image" if "decoder_image" in manifest.stages else "decoder"
+    has_vision = "vision" in manifest.stages and (with_images == "decoder_image" or manifest.target == "trt")
     if request.images and not has_vision:
         raise UsageError(f"a picture was given, but the bundle {bundle.root} is text-only", hint="leave --image out")
     tokenizer = None if tokens is None else Tokenizer.from_file(bundle.path(tokens.file), facts.tokens)
     ids = ids_of(facts, tokenizer)
-    cases = list(text_cases(facts, ids, request.tokens, int(manifest.settings.get("window_slack", 0))))
+    settings = manifest.settings
+    context = min(facts.max_context, int(settings.get("max_context", facts.max_context)))
+    cases = list(text_cases(facts, ids, request.tokens, int(settings.get("window_slack", 0)), context))
     alone: dict[str, tuple[Passage, ...]] = {"decoder": (cases[0].passages[0].with_steps(ALONE_STEPS),)}
-    pixels = None
+    pixels: NDArray[np.float32] | None = None
+    pictured: tuple[Case, ...] = ()
+    fit: tuple[Case, ...] = ()
     if has_vision:
         pixels = _pixels(request, facts)
         pictured = image_cases(facts, ids)
-        cases += pictured
-        alone["decoder_image"] = tuple(passage for case in pictured for passage in case.passages)
+        chunk = int(settings.get("prefill_chunk", context)) if manifest.target == "trt" else context
+        fit = fitting(pictured, context, chunk)
+        cases += fit
+        alone[with_images] = (*alone.get(with_images, ()), *(passage for case in fit for passage in case.passages))
     if request.prompt is not None:
         prompt = _prompt(request, facts, tokenizer)
         cases.append(prompt_case(prompt, request.tokens, 0 if pixels is None else len(pixels)))
@@ -83,6 +91,8 @@ def read_inputs(request: ValidateRequest, bundle: Bundle) -> Inputs:
             pixels = np.concatenate([pixels, prompt.pixels])
     longest = max(len(passage) for case in cases for passage in case.passages)
     notes = [] if longest > window_of(facts) else [f"no text is longer than the window of {window_of(facts)} tokens"]
+    if len(fit) < len(pictured):
+        notes.append("context or chunk of the bundle are too short for some of the cases with pictures")
     said: dict[str, int | str] = {
         "text": "of our own" if tokenizer is not None else "seeded token ids",
         "tokens": sum(len(passage) for case in cases for passage in case.passages),

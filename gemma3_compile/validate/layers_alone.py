@@ -20,7 +20,7 @@ from gemma3_compile.validate.calls import Embedding, EmbeddingCall, LayerCall, P
 from gemma3_compile.validate.cases import Passage
 from gemma3_compile.validate.drift import Drift, drift, gathered
 from gemma3_compile.validate.explain import Explanation, Trial, best
-from gemma3_compile.validate.probes import Array, ProbedBundle, ProbedPiece
+from gemma3_compile.validate.probes import Array, Probed, ProbedPiece
 from gemma3_compile.validate.tolerances import GRAPH
 from gemma3_compile.validate.weights import Weights
 from runtimes.progress import SILENT, Progress
@@ -85,11 +85,11 @@ class _Memory:
 
 
 def probed_strip(
-    probed: ProbedBundle, embedding: Embedding, passage: Passage, stage: str, features_MH: Array | None
+    probed: Probed, embedding: Embedding, passage: Passage, stage: str, features_MH: Array | None
 ) -> Strip:
     """Runs ``passage`` through ``stage`` of the bundle, all of it, and keeps what the probes say."""
-    features = None if features_MH is None or stage == "decoder" else torch.from_numpy(features_MH)
     rows_S = torch.from_numpy(passage.feature_rows())
+    features = None if features_MH is None or not (rows_S >= 0).any() else torch.from_numpy(features_MH)
     return Strip(
         stage=stage,
         passage=passage,

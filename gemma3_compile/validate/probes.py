@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,30 @@ class ProbedPiece:
     logits_RV: Array
 
 
+class Probed(Protocol):
+    """A bundle that gives out the residual stream between its layers.
+
+    Attributes:
+        in_fp32: whether all that is probed is computed in fp32, so that an error is the graph's.
+    """
+
+    in_fp32: bool
+
+    def probes(self, stage: str) -> tuple[str, ...]:
+        """The names of the probed values; empty where the bundle has none."""
+
+    def run_passage(self, passage: Passage, stage: str, features_MH: Array | None) -> Iterator[ProbedPiece]:
+        """The passage piece by piece through one stage, each piece with its probes."""
+
+    def run_vision(self, pixels_N3YX: Array) -> tuple[list[Array], Array]:
+        """The residual stream [N, P, H] after each layer, and the features [N, T, X]."""
+
+
+def probed_rows(size: int) -> NDArray[np.int64]:
+    """Which tokens of a piece the logits are compared at."""
+    return np.unique(np.linspace(0, size - 1, min(size, HEAD_ROWS)).round().astype(np.int64))
+
+
 class ProbedBundle:
     """Runs stages of a bundle with their probes.
 
@@ -61,6 +85,7 @@ class ProbedBundle:
         self._bundle, self._threads = bundle, threads
         self._provider = choose_provider(provider, bundle.manifest)
         self._graphs: dict[str, Any] = {}
+        self.in_fp32 = bundle.manifest.caches.dtype == "float32"
 
     def probes(self, stage: str) -> tuple[str, ...]:
         """The names of the probed values; empty where the bundle has none."""
@@ -75,7 +100,7 @@ class ProbedBundle:
         names = self.probes(stage)
         for begin, end in passage.pieces():
             size = end - begin
-            rows = np.unique(np.linspace(0, size - 1, min(size, HEAD_ROWS)).round().astype(np.int64))
+            rows = probed_rows(size)
             feeds: dict[str, Any] = {
                 "token_ids": passage.token_ids[None, begin:end],
                 "start": np.array([begin]),

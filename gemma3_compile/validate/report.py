@@ -85,6 +85,7 @@ class Report:
         inputs: what was fed.
         versions: of the packages that took part.
         notes: what limits what this says.
+        interpreted: whether the bundle's networks were interpreted, and its plans not run.
     """
 
     bundle: Mapping[str, Any]
@@ -95,6 +96,7 @@ class Report:
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = field(default=())
     created: str | None = None
+    interpreted: bool = False
 
     @property
     def passed(self) -> bool:
@@ -121,10 +123,11 @@ class Report:
     def conclusion(self) -> str:
         """The last line."""
         bad = sum(not row.passed for row in self.rows)
+        how = " (interpreted: the plan itself was not run)" if self.interpreted else ""
         if not bad:
-            return f"sound: all {len(self.rows)} comparisons are within tolerance"
+            return f"sound: all {len(self.rows)} comparisons are within tolerance{how}"
         causes = ", ".join(dict.fromkeys(finding.cause for finding in self.findings)) or "no cause found"
-        return f"not sound: {bad} of {len(self.rows)} comparisons are beyond tolerance ({causes})"
+        return f"not sound: {bad} of {len(self.rows)} comparisons are beyond tolerance ({causes}){how}"
 
     def to_json(self) -> dict[str, Any]:
         """The receipt: plain JSON, infinite errors as the string ``inf``."""

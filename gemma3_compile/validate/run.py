@@ -18,6 +18,7 @@ from gemma3_compile.validate import diagnosis
 from gemma3_compile.validate.cases import window_of
 from gemma3_compile.validate.comparison import Comparison
 from gemma3_compile.validate.inputs import Inputs, read_inputs
+from gemma3_compile.validate.opened import open_for
 from gemma3_compile.validate.reference import config_of, open_reference, require_same_model
 from gemma3_compile.validate.report import RECEIPT, Finding, Report, Row
 from gemma3_compile.validate.request import ValidateRequest
@@ -25,8 +26,9 @@ from gemma3_compile.validate.weights import BundleWeights, CheckpointWeights
 from runtimes.bundle import Bundle
 from runtimes.bundle_writer import replace_file, source_date
 from runtimes.errors import BundleError
+from runtimes.manifest import Manifest
 from runtimes.progress import SILENT, Progress
-from runtimes.session import open_session
+from runtimes.trt.binding import MODULES
 from runtimes.version import __version__
 
 
@@ -50,18 +52,26 @@ def validate(request: ValidateRequest, progress: Progress = SILENT) -> Report:
         inputs = read_inputs(request, bundle)
         own = BundleWeights(bundle, config)
         original = None if checkpoint is None else CheckpointWeights(checkpoint)
-        comparison = Comparison(bundle=bundle, inputs=inputs, progress=progress)
         with torch.inference_mode():
-            with open_session(bundle, provider=request.provider, threads=request.threads) as session:
+            opened = open_for(request, bundle, progress)
+            comparison = Comparison(bundle=bundle, inputs=inputs, progress=progress, run=opened.run)
+            with opened.session as session:
                 rows, findings = comparison.whole(session, own, original)
-            places = comparison.alone(own, provider=request.provider, threads=request.threads)
+            places = comparison.alone(own, opened.probed())
     rows += diagnosis.place_rows(places, own.label)
     findings += diagnosis.findings_of(places, window_of(bundle.manifest.model))
     if not findings:
         activations = bundle.manifest.settings.get("activations")
-        findings = diagnosis.beyond_the_layers(rows, own.label, None if activations is None else str(activations))
+        findings = diagnosis.beyond_the_layers(
+            rows,
+            own.label,
+            None if activations is None else str(activations),
+            short=bundle.manifest.caches.dtype == "bfloat16",
+            alone=bool(places),
+        )
     source = None if checkpoint is None else checkpoint.source
-    report = _report(bundle, source, inputs, (*inputs.notes, *comparison.notes), rows, findings)
+    notes = (*opened.notes, *inputs.notes, *comparison.notes)
+    report = _report(bundle, source, inputs, notes, rows, findings, interpreted=opened.interpreted)
     if request.write_receipt:
         _write_receipt(bundle, report, progress)
     return report
@@ -74,10 +84,15 @@ def _report(
     notes: Sequence[str],
     rows: Sequence[Row],
     findings: Sequence[Finding],
+    *,
+    interpreted: bool,
 ) -> Report:
     manifest = bundle.manifest
     run = {*(stage.graph for stage in manifest.stages.values()), manifest.weights.file}
-    packages = ("torch", "onnxruntime", "numpy")
+    if not interpreted:
+        run |= {stage.plan for stage in manifest.stages.values() if stage.plan is not None}
+    engine = "onnxruntime" if manifest.target == "ort" else MODULES["full" if _is_full(manifest) else "rtx"]
+    packages = ("torch", engine, "numpy")
     return Report(
         bundle={
             "name": bundle.root.resolve().name,
@@ -92,7 +107,12 @@ def _report(
         findings=tuple(findings),
         notes=tuple(notes),
         created=source_date(),
+        interpreted=interpreted,
     )
+
+
+def _is_full(manifest: Manifest) -> bool:
+    return manifest.settings.get("flavour") == "full"
 
 
 def _version(package: str) -> str:

@@ -47,6 +47,23 @@ KEPT = Limits(
 )
 """Tensors that the bundle keeps, against the checkpoint's."""
 
+SHORTENED = Limits(
+    relative=4e-3, reason="bf16 rounds by half of its last place, 2**-8 of a number; exact for a checkpoint in bf16"
+)
+"""Tensors that the bundle keeps in bf16."""
+
+ROUNDED_ROWS: Mapping[str, Limits] = MappingProxyType(
+    {
+        "8 bits, one scale a row": Limits(
+            relative=0.05, reason="a row's largest weight sets its step: 1% of normal weights, outliers make it more"
+        ),
+        "e4m3, one scale a row": Limits(
+            relative=0.05, reason="three bits behind the leading one: 2.6% of a weight, whatever its size"
+        ),
+    }
+)
+"""Tensors that the bundle rounds with one scale a row, against the checkpoint's; rms."""
+
 ROUNDED: Mapping[int, Limits] = MappingProxyType(
     {
         8: Limits(relative=0.02, reason="blocks of 32 in 8 bits round normal weights to 0.5%; outliers make it 1%"),
@@ -89,6 +106,12 @@ ACTIVATIONS: Mapping[str, Cost] = MappingProxyType(
 WEIGHTS: Mapping[str, Cost] = MappingProxyType(
     {
         "int8": Cost(kl_mean=0.01, logits=None, features=0.05, reason="KL 1e-3 on nano, below 5e-3 on the 270M"),
+        "fp8": Cost(
+            kl_mean=0.1,
+            logits=None,
+            features=0.05,
+            reason="KL 0.02 on nano: three bits behind the leading one round by 2.6% of a weight; the tower stays in bf16",
+        ),
         "kept": Cost(
             kl_mean=0.01,
             logits=None,
@@ -104,6 +127,32 @@ WEIGHTS: Mapping[str, Cost] = MappingProxyType(
     }
 )
 """By ``weights.dtype`` of the manifest."""
+
+
+BFLOAT16 = Limits(
+    relative=2e-3,
+    kl_mean=1e-5,
+    reason="sums in another order turn the last place of a bf16 number now here and now there: two sound programs in "
+    "bf16 lie as far from each other as from fp32. So twice the eager model's own error there, and this beside it. A "
+    "mask off by one is ten times as far (nano)",
+)
+"""Where a bundle computes in bf16: what :func:`in_bfloat16` adds to twice the eager model's own error."""
+
+
+def in_bfloat16(limits: Limits, relative: float, kl_mean: float | None = None) -> Limits:
+    """``limits`` for a bundle that computes in bf16, against fp32.
+
+    Args:
+        relative, kl_mean: how far the eager model in bf16 lies from fp32 on the same inputs.
+    """
+    assert BFLOAT16.relative is not None and BFLOAT16.kl_mean is not None
+    more, reason = (BFLOAT16, BFLOAT16.reason) if limits is GRAPH else (limits, f"{BFLOAT16.reason}; {limits.reason}")
+    base = 0.0 if limits is GRAPH else BFLOAT16.relative, 0.0 if limits is GRAPH else BFLOAT16.kl_mean
+    return Limits(
+        relative=None if more.relative is None else 2 * relative + base[0] + more.relative,
+        kl_mean=None if kl_mean is None else 2 * kl_mean + base[1] + (more.kl_mean or 0.0),
+        reason=reason,
+    )
 
 
 def logit_limits(manifest: Manifest, *, exact: bool) -> Limits:

@@ -17,7 +17,7 @@ from gemma3_compile.model.vision import VisionLayer, VisionMLP
 from gemma3_compile.validate.drift import Drift, drift
 from gemma3_compile.validate.explain import Trial, best
 from gemma3_compile.validate.layers_alone import Place
-from gemma3_compile.validate.probes import Array, ProbedBundle
+from gemma3_compile.validate.probes import Array, Probed
 from gemma3_compile.validate.vision_calls import (
     PatchCall,
     PoolCall,
@@ -145,9 +145,7 @@ POOL: tuple[PoolHypothesis, ...] = (
 )
 
 
-def check_vision(
-    weights: Weights, probed: ProbedBundle, pixels_N3YX: Array, progress: Progress = SILENT
-) -> list[Place]:
+def check_vision(weights: Weights, probed: Probed, pixels_N3YX: Array, progress: Progress = SILENT) -> list[Place]:
     """Every layer of the tower, and pooling with its projection, in order."""
     after, features_NTX = probed.run_vision(pixels_N3YX)
     patches = patch_call(weights, torch.from_numpy(pixels_N3YX))

@@ -31,7 +31,9 @@ class PatchCall:
 
     def run(self) -> Tensor:
         """The residual stream [N, P, H] before the first layer."""
-        x_NHpp = F.conv2d(self.pixels_N3YX, self.weight, self.bias_H, stride=self.weight.shape[-1])
+        x_NHpp = F.conv2d(
+            self.pixels_N3YX.to(self.weight.dtype), self.weight, self.bias_H, stride=self.weight.shape[-1]
+        )
         x_NPH = x_NHpp.flatten(2).transpose(1, 2)
         return x_NPH if self.position_PH is None else x_NPH + self.position_PH
 

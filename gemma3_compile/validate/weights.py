@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from gemma3_compile.checkpoints import Checkpoint
 from gemma3_compile.checkpoints.check import expected_shapes
 from gemma3_compile.config import ModelConfig
-from graphs.weights import BlockFormat, Part, ZeroPoints
+from graphs.weights import WHOLE_ROW, BlockFormat, Part, ZeroPoints
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError
 
 _ROWS_ELEMENTS = 1 << 22
 _OFFSET = re.compile(r"(\S+) added")
-_FORMAT = re.compile(r"(\d+) bits in blocks of (\d+)\b.*")
+_FORMAT = re.compile(
+    r"(?:(?P<bits>\d+) (?P<signed>signed )?bits|e4m3) in (?:blocks of (?P<block>\d+)|rows)\b"
+    r"(?: with (?P<scales>\w+) scales)?.*"
+)
 _PARTS: tuple[Part, ...] = ("codes", "scales", "zeros", "minimums")
 
 
@@ -59,6 +62,18 @@ class CheckpointWeights(Weights):
 
     def read(self, name: str) -> Tensor:
         return self.checkpoint.read(name).float()
+
+
+class InBfloat16(Weights):
+    """The same tensors for the eager model in bfloat16: all but the factors of RMSNorm, which it reads in fp32."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.exact, self.config, self.label = weights, weights.config, f"{weights.label}, in bfloat16"
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.exact.read(name)
+        of_rms_norm = name == "vision.soft_emb_norm.weight" or (name.startswith("decoder.") and tensor.dim() == 1)
+        return tensor if of_rms_norm else tensor.to(torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +126,11 @@ class BundleWeights(Weights):
         """Whether ``name`` stands on the checkpoint's own grid, exactly."""
         return self._stored[name].kept
 
+    def shortened(self, name: str) -> bool:
+        """Whether ``name`` is stored in bfloat16, not in blocks."""
+        stored = self._stored[name]
+        return stored.form is None and self._file.get_slice(stored.base).get_dtype() == "BF16"
+
     def holds(self, name: str) -> bool:
         """Whether the bundle has the tensor ``name`` at all."""
         return name in self._stored
@@ -126,12 +146,19 @@ class BundleWeights(Weights):
         for row in range(0, rows, step):
             count = min(step, rows - row)
             first = stored.first_row + row
-            parts = {part: self._rows(f"{stored.base}.{part}", first, count) for part in stored.form.parts}
+            parts = {
+                part: self._rows(
+                    f"{stored.base}.{part}", first, count, turned=part == "codes" and stored.form.whole_rows
+                )
+                for part in stored.form.parts
+            }
             out[row : row + count] = dequantize(parts, stored.form)[:, : shape[1]]
         return out
 
-    def _rows(self, entry: str, first: int, count: int) -> Tensor:
-        rows: Tensor = self._file.get_slice(entry)[first : first + count]
+    def _rows(self, entry: str, first: int, count: int, *, turned: bool = False) -> Tensor:
+        """Rows of a tensor, which are the entry's columns where it lies turned."""
+        part = self._file.get_slice(entry)
+        rows: Tensor = part[:, first : first + count].T if turned else part[first : first + count]
         if len(rows) != count:
             raise BundleError(f"{self._where}: `{entry}` has too few rows: {first + count} were expected")
         return rows
@@ -140,8 +167,12 @@ class BundleWeights(Weights):
 def dequantize(parts: Mapping[Part, Tensor], form: BlockFormat) -> Tensor:
     """The weights [N, n b] in fp32 of rows as they are stored, the last block's padding included.
 
-    ``(code - zero) * scale``, or ``(code - middle) * scale - minimum`` with ``middle`` = 2 ** (bits - 1).
+    ``(code - zero) * scale``, or ``(code - middle) * scale - minimum`` with ``middle`` = 2 ** (bits - 1). Signed codes and
+    floats of eight bits have no zero: ``code * scale``.
     """
+    if form.codes != "unsigned":
+        signed = parts["codes"].float() if form.whole_rows else _signed(_unpack(parts["codes"], form.bits), form.bits)
+        return (signed * parts["scales"].float().unsqueeze(-1)).flatten(1)
     codes_Nnb = _unpack(parts["codes"], form.bits).float()
     if form.zero_points == "integer":
         zeros_Nn1: Tensor | float = _unpack(parts["zeros"], form.bits)[:, : codes_Nnb.shape[1], None].float()
@@ -164,6 +195,12 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """Two's complement in ``bits`` bits, as floats."""
+    middle = 1 << (bits - 1)
+    return (codes ^ middle).float() - middle
 
 
 def _places(ledger: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Stored]:
@@ -208,7 +245,13 @@ def _form(base: str, parts: set[str], steps: list[str]) -> BlockFormat | None:
     if found is None:
         raise ValueError(f"the ledger does not say how `{base}` is packed: {steps}")
     zero_points: ZeroPoints = "integer" if "zeros" in parts else "minimum" if "minimums" in parts else "none"
-    bits = int(found[1])
-    if bits not in (4, 8):
-        raise ValueError(f"`{base}` is packed in {bits} bits, which this version cannot read")
-    return BlockFormat(bits=4 if bits == 4 else 8, block_size=int(found[2]), zero_points=zero_points)
+    bits, scales = int(found["bits"] or 8), found["scales"] or "float32"
+    if bits not in (4, 8) or scales not in ("float32", "bfloat16"):
+        raise ValueError(f"`{base}` is packed in {bits} bits with {scales} scales, which this version cannot read")
+    return BlockFormat(
+        bits=4 if bits == 4 else 8,
+        block_size=int(found["block"] or WHOLE_ROW),
+        zero_points=zero_points,
+        codes="e4m3" if found["bits"] is None else "signed" if found["signed"] else "unsigned",
+        scales="float32" if scales == "float32" else "bfloat16",
+    )

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from gemma3_compile.validate.report import Finding, Row
-from gemma3_compile.validate.tolerances import KEPT, ROUNDED, Limits
+from gemma3_compile.validate.tolerances import KEPT, ROUNDED, ROUNDED_ROWS, SHORTENED, Limits
 from gemma3_compile.validate.weights import BundleWeights, Weights
-from graphs.weights import BlockFormat
 from runtimes.progress import SILENT, Progress
 
 STAGE = "weights"
@@ -46,7 +45,7 @@ def check_weights(
     names = [name for name in stored.shapes if stored.holds(name)]
     with progress.task("weights against checkpoint", total=len(names), unit="tensors") as advance:
         for name in names:
-            group = _group(stored.form(name), stored.keeps(name))
+            group = _group(stored, name)
             groups.setdefault(group, []).append(_compare(name, stored.read(name), checkpoint.read(name), group))
             advance(1)
     rows = [_row(group, tensors) for group, tensors in groups.items()]
@@ -56,15 +55,26 @@ def check_weights(
 
 def identical(rows: list[Row]) -> bool:
     """Whether every tensor is the checkpoint's, so that both references are one."""
-    return all(row.case == _KEPT_GROUP and row.passed for row in rows)
+    return all(row.passed and (row.case == _KEPT_GROUP or row.max_error == 0) for row in rows)
 
 
-_KEPT_GROUP = "kept"
-_LIMITS: Mapping[str, Limits] = MappingProxyType({_KEPT_GROUP: KEPT, **{f"{b} bits": ROUNDED[b] for b in ROUNDED}})
+_KEPT_GROUP, _SHORT_GROUP = "kept", "bfloat16"
+_LIMITS: Mapping[str, Limits] = MappingProxyType(
+    {
+        _KEPT_GROUP: KEPT,
+        _SHORT_GROUP: SHORTENED,
+        **{f"{bits} bits": ROUNDED[bits] for bits in ROUNDED},
+        **ROUNDED_ROWS,
+    }
+)
 
 
-def _group(form: BlockFormat | None, kept: bool) -> str:
-    return _KEPT_GROUP if form is None or kept else f"{form.bits} bits"
+def _group(stored: BundleWeights, name: str) -> str:
+    form = stored.form(name)
+    if form is None or stored.keeps(name):
+        return _SHORT_GROUP if stored.shortened(name) else _KEPT_GROUP
+    kind = "e4m3" if form.codes == "e4m3" else f"{form.bits} bits"
+    return f"{kind}, one scale a row" if form.whole_rows else kind
 
 
 def _compare(name: str, stored: Tensor, original: Tensor, group: str) -> _Compared:
@@ -77,7 +87,7 @@ def _compare(name: str, stored: Tensor, original: Tensor, group: str) -> _Compar
         largest = max(largest, float(theirs.abs().max()))
         off += float(difference.square().sum(dtype=torch.float64))
         size += float(theirs.square().sum(dtype=torch.float64))
-    if group == _KEPT_GROUP:
+    if group in (_KEPT_GROUP, _SHORT_GROUP):
         relative = absolute / max(largest, 1.0 if original.dim() == 1 else _TINY)
     else:
         relative = math.sqrt(off / max(size, _TINY))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from runtimes.errors import ExportError
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
+_ONNX_ALONE: Mapping[str, int] = MappingProxyType({})
 DTYPES = {
     "float32": ir.DataType.FLOAT,
     "bfloat16": ir.DataType.BFLOAT16,
@@ -28,16 +30,20 @@ DTYPES = {
     "int32": ir.DataType.INT32,
     "uint8": ir.DataType.UINT8,
     "bool": ir.DataType.BOOL,
+    "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightUse:
-    """An initializer that reads ``entry`` of the weights file, seen with dimensions ``shape``."""
+    """A value that reads ``entry`` of the weights file, its bytes seen as ``dtype`` with dimensions ``shape``."""
 
     value: ir.Value
     entry: StoredTensor
     shape: tuple[int, ...]
+    dtype: str
 
 
 class Builder:
@@ -48,6 +54,7 @@ class Builder:
         self.inputs: list[ir.Value] = []
         self.initializers: dict[str, ir.Value] = {}
         self.weight_uses: dict[str, WeightUse] = {}
+        self.functions: dict[tuple[str, str], ir.Function] = {}
         self._prefix = ""
         self._counts: Counter[str] = Counter()
         self._computed: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
@@ -65,6 +72,11 @@ class Builder:
         """A graph input."""
         value = ir.Value(name=name, type=ir.TensorType(DTYPES[dtype]), shape=ir.Shape(shape))
         self.inputs.append(value)
+        return value
+
+    def named(self, value: ir.Value, name: str) -> ir.Value:
+        """Gives a value a name that others may look for."""
+        value.name = name
         return value
 
     def op(
@@ -120,34 +132,65 @@ class Builder:
             )
         return self.initializers[name]
 
-    def weight(self, entry: StoredTensor, shape: Sequence[int] | None = None) -> ir.Value:
-        """An initializer over ``entry``; ``shape`` sees the same bytes with other dimensions.
+    def weight(self, entry: StoredTensor, shape: Sequence[int] | None = None, *, dtype: str | None = None) -> ir.Value:
+        """A value over ``entry``; ``shape`` and ``dtype`` see the same bytes in another way.
+
+        It has the entry's name; with another shape alone that, too, is in the name, so that a graph may see both.
 
         Raises:
             ExportError: another tensor of this graph has the name of ``entry``.
         """
         dims = tuple(shape) if shape is not None else entry.shape
-        name = entry.name if dims == entry.shape else f"{entry.name}@{'x'.join(map(str, dims))}"
+        kind = dtype or entry.dtype
+        name = entry.name if dtype or dims == entry.shape else f"{entry.name}@{'x'.join(map(str, dims))}"
         if name not in self.weight_uses:
-            value = ir.Value(name=name, type=ir.TensorType(DTYPES[entry.dtype]), shape=ir.Shape(dims))
-            self.weight_uses[name] = WeightUse(value=value, entry=entry, shape=dims)
+            value = ir.Value(name=name, type=ir.TensorType(DTYPES[kind]), shape=ir.Shape(dims))
+            self.weight_uses[name] = WeightUse(value=value, entry=entry, shape=dims, dtype=kind)
         use = self.weight_uses[name]
-        if use.entry != entry:
+        if (use.entry, use.shape, use.dtype) != (entry, dims, kind):
             raise ExportError(f"the graph wants two different tensors named `{entry.name}`: {use.entry} and {entry}")
         return use.value
 
-    def model(self, name: str, outputs: Sequence[ir.Value]) -> ir.Model:
-        """The finished graph, with nodes that nothing uses left out."""
+    def model(
+        self,
+        name: str,
+        outputs: Sequence[ir.Value],
+        *,
+        domains: Mapping[str, int] = _ONNX_ALONE,
+        weight_inputs: bool = False,
+    ) -> ir.Model:
+        """The finished graph, with nodes that nothing uses left out.
+
+        Args:
+            domains: the version of each operator set beside ONNX's own.
+            weight_inputs: weights are inputs after the stage's own, not initializers.
+        """
         nodes, initializers = self._live(outputs)
+        weights = [use.value for use in self.weight_uses.values()] if weight_inputs else []
+        fed = {id(value) for value in weights}
         graph = ir.Graph(
-            self.inputs,
+            [*self.inputs, *(value for value in initializers if id(value) in fed)],
             outputs,
             nodes=nodes,
-            initializers=initializers,
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            initializers=[value for value in initializers if id(value) not in fed],
+            opset_imports={"": OPSET, **domains},
             name=name,
         )
-        return ir.Model(graph, ir_version=11, producer_name="gemma3c")
+        functions = [body for key, body in self.functions.items() if any((n.domain, n.op_type) == key for n in nodes)]
+        return ir.Model(graph, ir_version=11, producer_name="gemma3c", functions=functions)
+
+    def function(
+        self, domain: str, name: str, outputs: Sequence[ir.Value], attributes: Sequence[ir.Attr]
+    ) -> ir.Function:
+        """What was built so far as a model-local function; its constants become nodes, as a function has no others."""
+        nodes, constants = self._live(outputs)
+        made = []
+        for value in constants:
+            assert value.const_value is not None, f"{value.name}: a function reads no weights"
+            data = ir.AttrTensor("value", value.const_value)
+            made.append(ir.Node("", "Constant", [], [data], outputs=[value], name=value.name))
+        graph = ir.Graph(self.inputs, outputs, nodes=[*made, *nodes], opset_imports={"": OPSET}, name=name)
+        return ir.Function(domain, name, graph=graph, attributes=attributes)
 
     def _live(self, outputs: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
         needed = {id(value) for value in outputs}

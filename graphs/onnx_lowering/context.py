@@ -17,6 +17,8 @@ from runtimes.errors import ExportError
 Lowered = ir.Value | tuple[ir.Value, ...]
 Rule = Callable[["Context", fx.Node], Lowered]
 Activations = Literal["int8", "int16"]
+WeightSource = Literal["input", "constant"]
+ComputeDtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,30 @@ class OrtOptions:
     activations: Activations = "int8"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrtOptions:
+    """Choices of the ``trt`` dialect.
+
+    ``weights``: ``input`` makes every weight an input of the network, named as its entry of the weights file, so that
+    a plan holds none; ``constant`` leaves them initializers over that file, which the builder copies into the plan.
+    ``kernels_hash``: sha256 of the bundle's ``kernels.json``, which plugin nodes carry; empty where there is none.
+    ``dtype``: what everything but norms and logits is computed in. TensorRT gets bfloat16; float32 is the same graph
+    for hosts that cannot compute in bfloat16.
+    ``context``: slots of a global layer's cache, which TensorRT wants static; None takes all that the model can do.
+    """
+
+    weights: WeightSource = "input"
+    kernels_hash: str = ""
+    dtype: ComputeDtype = "bfloat16"
+    context: int | None = None
+
+
 @dataclass(kw_only=True)
 class Context:
     """The state of one lowering. ``values`` maps FX nodes to what they became."""
 
     builder: Builder
-    options: OrtOptions
+    options: OrtOptions | TrtOptions
     weights: dict[str, Weight]
     rules: dict[object, Rule]
     values: dict[fx.Node, Lowered] = field(default_factory=dict)

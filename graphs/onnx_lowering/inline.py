@@ -75,14 +75,19 @@ class Inliner:
             key: names the body with its constants.
             values: what the arguments became, where that is not what ``ctx`` holds for them.
         """
-        fakes = [tensor_value(node) for node in arguments]
+        lowered = [ctx.value(node) for node in arguments] if values is None else values
+        return self.lower_over(ctx, key, body, [tensor_value(node) for node in arguments], lowered)
+
+    def lower_over(
+        self, ctx: Context, key: object, body: Body, fakes: Sequence[Tensor], values: Sequence[ir.Value]
+    ) -> tuple[ir.Value, ...]:
+        """Lowers ``body`` over ``values``, which have the shapes and dtypes of ``fakes``."""
         signature = (key, tuple((str(tuple(x.shape)), x.dtype) for x in fakes))
         if signature not in self._traces:
             self._traces[signature] = trace(body, fakes)
         graph = self._traces[signature]
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        lowered = [ctx.value(node) for node in arguments] if values is None else values
-        ctx.values.update(zip(placeholders, lowered, strict=True))
+        ctx.values.update(zip(placeholders, values, strict=True))
         outputs = ctx.lower(graph)
         if not isinstance(outputs, list | tuple):
             raise ExportError(f"the body {key} must give a tuple of tensors, but gives {outputs!r}")

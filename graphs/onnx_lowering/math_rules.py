@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from graphs.node_args import argument, float_arg, ints_arg, list_arg, node_arg, tensor_value
+from graphs.node_args import argument, float_arg, ints_arg, list_arg, node_arg, only_arguments, tensor_value
 from graphs.onnx_lowering.builder import DTYPES
 from graphs.onnx_lowering.context import Context, Lowered, Rule, dtype_name
 from runtimes.errors import ExportError
@@ -15,16 +15,9 @@ from runtimes.errors import ExportError
 aten = torch.ops.aten
 
 
-def _only(node: fx.Node, count: int) -> None:
-    """Refuses arguments beyond the first ``count``, which a rule would otherwise drop without a word."""
-    extra = [*node.args[count:], *node.kwargs.items()]
-    if extra:
-        raise ExportError(f"node `{node.name}` ({node.target}): its arguments {extra} cannot be lowered")
-
-
 def _binary(op_type: str) -> Rule:
     def rule(ctx: Context, node: fx.Node) -> Lowered:
-        _only(node, 2)
+        only_arguments(node, 2)
         a, b = argument(node, 0), argument(node, 1)
         like = next(tensor_value(x) for x in (a, b) if isinstance(x, fx.Node))
         return ctx.builder.op(op_type, [ctx.operand(a, like), ctx.operand(b, like)])
@@ -43,7 +36,7 @@ def _size_arithmetic(op_type: str) -> Rule:
 
 def _floor_divide(ctx: Context, node: fx.Node) -> Lowered:
     """(a - a mod b) / b, since ONNX's Div of whole numbers rounds towards zero."""
-    _only(node, 2)
+    only_arguments(node, 2)
     b, like = ctx.builder, tensor_value(node)
     if like.dtype.is_floating_point:
         raise ExportError(f"node `{node.name}`: only whole numbers can be divided and rounded down")
@@ -74,19 +67,17 @@ def _gelu(ctx: Context, node: fx.Node) -> Lowered:
     return ctx.builder.op("Gelu", [ctx.value(node_arg(node, 0))], approximate=form)
 
 
+def _matmul(ctx: Context, node: fx.Node) -> Lowered:
+    return ctx.builder.op("MatMul", [ctx.value(node_arg(node, 0)), ctx.value(node_arg(node, 1))])
+
+
 def _layer_norm(ctx: Context, node: fx.Node) -> Lowered:
     inputs = [ctx.value(node_arg(node, index)) for index in (0, 2, 3)]
     return ctx.builder.op("LayerNormalization", inputs, axis=-len(list_arg(node, 1)), epsilon=float_arg(node, 4))
 
 
-def _conv2d(ctx: Context, node: fx.Node) -> Lowered:
-    _only(node, 4)
-    inputs = [ctx.value(node_arg(node, index)) for index in (0, 1, 2)]
-    return ctx.builder.op("Conv", inputs, strides=ints_arg(node, 3))
-
-
 def _avg_pool2d(ctx: Context, node: fx.Node) -> Lowered:
-    _only(node, 3)
+    only_arguments(node, 3)
     return ctx.builder.op(
         "AveragePool", [ctx.value(node_arg(node, 0))], kernel_shape=ints_arg(node, 1), strides=ints_arg(node, 2)
     )
@@ -97,6 +88,8 @@ RULES: dict[object, Rule] = {
     aten.sub.Tensor: _binary("Sub"),
     aten.mul.Tensor: _binary("Mul"),
     aten.floor_divide.default: _floor_divide,
+    aten.remainder.Scalar: _binary("Mod"),  # both take the divisor's sign
+    aten.matmul.default: _matmul,
     aten.le.Tensor: _binary("LessOrEqual"),
     aten.le.Scalar: _binary("LessOrEqual"),
     aten.lt.Tensor: _binary("Less"),
@@ -117,7 +110,6 @@ RULES: dict[object, Rule] = {
     aten.to.dtype: _cast,
     aten.gelu.default: _gelu,
     aten.layer_norm.default: _layer_norm,
-    aten.conv2d.default: _conv2d,
     aten.avg_pool2d.default: _avg_pool2d,
     operator.add: _size_arithmetic("Add"),
     operator.sub: _size_arithmetic("Sub"),

@@ -18,10 +18,10 @@ from torch import fx
 from autotune.kernels import global_attention as global_kernel
 from autotune.kernels import siglip_pool as pool_kernel
 from autotune.kernels import sliding_window_attention as window_kernel
-from autotune.kernels.rotary import inverse_frequencies
-from graphs.node_args import argument, float_arg, int_arg, node_arg, tensor_value
+from graphs.node_args import argument, float_arg, int_arg, ints_arg, node_arg, only_arguments
+from graphs.onnx_lowering.attention_rules import attention_inputs, cache_rows, flat, heads, heads_of
 from graphs.onnx_lowering.builder import DTYPES, MICROSOFT
-from graphs.onnx_lowering.context import Context, Lowered, Rule
+from graphs.onnx_lowering.context import Context, Lowered, OrtOptions, Rule
 from graphs.onnx_lowering.inline import Inliner
 from graphs.ops import gemma3c
 from graphs.weights import BlockFormat, Weight
@@ -31,45 +31,6 @@ aten = torch.ops.aten
 
 INT8_ACTIVATIONS = 4
 """MatMulNBits' ``accuracy_level`` for int8 activations: the only one with fast kernels for 4 and 8 bits on CPUs."""
-
-
-def _flat(ctx: Context, node: fx.Node) -> ir.Value:
-    """[B, S, N, D] as [B, S, N * D], without a node where it came from that."""
-    value = ctx.value(node)
-    if value in ctx.flat:
-        return ctx.flat[value]
-    heads, dim = tensor_value(node).shape[2:]
-    return ctx.builder.op("Reshape", [value, ctx.builder.constant([0, 0, heads * dim], "int64")])
-
-
-def _heads(ctx: Context, flat: ir.Value, node: fx.Node) -> ir.Value:
-    """[B, S, N * D] as [B, S, N, D], remembered by ``_flat``."""
-    heads, dim = tensor_value(node).shape[2:]
-    out = ctx.builder.op("Reshape", [flat, ctx.builder.constant([0, 0, heads, dim], "int64")])
-    ctx.flat[out] = flat
-    return out
-
-
-def _heads_of(node: fx.Node) -> int:
-    """N of [B, S, N, D], which is never a symbol."""
-    return int(tensor_value(node).shape[2])
-
-
-def _rotary_table(ctx: Context, node: fx.Node) -> Lowered:
-    """cos, sin of position * frequency: fp32 [B, S, D/2]."""
-    frequency = inverse_frequencies(int_arg(node, 1), float_arg(node, 2), float_arg(node, 3)).numpy()
-    as_float = ctx.builder.op("Cast", [ctx.value(node_arg(node, 0))], to=int(DTYPES["float32"]))
-    column = ctx.builder.op("Unsqueeze", [as_float, ctx.builder.constant([-1], "int64")])
-    angle = ctx.builder.op("Mul", [column, ctx.builder.constant(frequency, "float32")])
-    return ctx.builder.op("Cos", [angle]), ctx.builder.op("Sin", [angle])
-
-
-def _rotate(ctx: Context, node: fx.Node) -> Lowered:
-    """RotaryEmbedding (ONNX 23) in its flat form, half-split, with the table of this chunk."""
-    x, cos, sin = (node_arg(node, index) for index in range(3))
-    inputs = [_flat(ctx, x), ctx.value(cos), ctx.value(sin)]
-    flat = ctx.builder.op("RotaryEmbedding", inputs, num_heads=_heads_of(x))
-    return _heads(ctx, flat, node)
 
 
 def _group_query_attention(ctx: Context, node: fx.Node, window: int | None, scale: float) -> Lowered:
@@ -84,7 +45,7 @@ def _group_query_attention(ctx: Context, node: fx.Node, window: int | None, scal
         "Max", [b.op("ReduceMax", [end], keepdims=1), ctx.dimension(q, 1)]
     )  # at least the chunk, padding too
     total = b.op("Cast", [b.op("Squeeze", [furthest])], to=to_int32)
-    inputs: list[ir.Value | None] = [_flat(ctx, q), _flat(ctx, k), _flat(ctx, v)]
+    inputs: list[ir.Value | None] = [flat(ctx, q), flat(ctx, k), flat(ctx, v)]
     inputs += [ctx.value(k_cache), ctx.value(v_cache), last, total]
     inputs += [None] * 9 + [b.op("Cast", [ctx.value(length)], to=to_int32)]
     local = {"local_window_size": window, "sliding_window_cache": 1} if window is not None else {}
@@ -93,12 +54,12 @@ def _group_query_attention(ctx: Context, node: fx.Node, window: int | None, scal
         inputs,
         3,
         domain=MICROSOFT,
-        num_heads=_heads_of(q),
-        kv_num_heads=_heads_of(k),
+        num_heads=heads_of(q),
+        kv_num_heads=heads_of(k),
         scale=scale,
         **local,
     )
-    return _heads(ctx, out, q), k_after, v_after
+    return heads(ctx, out, q), k_after, v_after
 
 
 def _sliding_window_attention(ctx: Context, node: fx.Node) -> Lowered:
@@ -115,12 +76,8 @@ def _global_attention(ctx: Context, node: fx.Node) -> Lowered:
     scale = float_arg(node, 8)
     if argument(node, 7) is None:
         return _group_query_attention(ctx, node, None, scale)
-    b = ctx.builder
     q, k, v, k_cache, v_cache, start, length, image_ids = (node_arg(node, index) for index in range(8))
-    after = []
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        rows = b.op("Transpose", [ctx.value(new)], perm=[0, 2, 1, 3])
-        after.append(b.op("TensorScatter", [ctx.value(cache), rows, ctx.value(start)], axis=2, mode="linear"))
+    after = [cache_rows(ctx, new, cache, start) for new, cache in ((k, k_cache), (v, v_cache))]
     arguments = (q, k_cache, v_cache, start, length, image_ids)
     values = [ctx.value(q), *after, *(ctx.value(x) for x in (start, length, image_ids))]
     body = partial(global_kernel.attend, scale=scale)
@@ -130,13 +87,8 @@ def _global_attention(ctx: Context, node: fx.Node) -> Lowered:
 
 def _sdpa(ctx: Context, node: fx.Node) -> Lowered:
     """ONNX Attention (opset 24) over [B, N, S, D], grouped heads and a boolean mask as they come."""
-    q, k, v = (node_arg(node, index) for index in range(3))
-    mask, scale = argument(node, 3, "attn_mask"), argument(node, 6, "scale")
-    if argument(node, 4, "dropout_p", 0.0) != 0.0 or argument(node, 5, "is_causal", False):
-        raise ExportError(f"node `{node.name}`: attention with dropout or an implied causal mask cannot be lowered")
-    factor = scale if isinstance(scale, float) else tensor_value(q).shape[-1] ** -0.5
-    inputs = [ctx.value(q), ctx.value(k), ctx.value(v)] + ([ctx.value(mask)] if mask is not None else [])
-    return ctx.builder.op("Attention", inputs, scale=float(factor))
+    inputs, scale = attention_inputs(ctx, node)
+    return ctx.builder.op("Attention", inputs, scale=scale)
 
 
 def _siglip_pool(ctx: Context, node: fx.Node) -> Lowered:
@@ -202,6 +154,7 @@ def _matmul_nbits(ctx: Context, x: ir.Value, weight: Weight, form: BlockFormat) 
     """y = x @ ((code - zero) * scale).T; a minimum enters as a product with the sums of x over each block."""
     b, (rows, columns) = ctx.builder, weight.shape
     entries = {entry.part: b.weight(entry) for entry in weight.stored()}
+    assert isinstance(ctx.options, OrtOptions)
     both = ctx.options.activations == "int16"
     out = b.op(
         "MatMulNBits",
@@ -250,15 +203,15 @@ def _int8_and_rest(ctx: Context, x: ir.Value, columns: int, block_size: int) -> 
     return ctx.split[key]
 
 
-def _matmul(ctx: Context, node: fx.Node) -> Lowered:
-    return ctx.builder.op("MatMul", [ctx.value(node_arg(node, 0)), ctx.value(node_arg(node, 1))])
+def _conv2d(ctx: Context, node: fx.Node) -> Lowered:
+    only_arguments(node, 4)
+    inputs = [ctx.value(node_arg(node, index)) for index in (0, 1, 2)]
+    return ctx.builder.op("Conv", inputs, strides=ints_arg(node, 3))
 
 
 INLINER = Inliner()
 
 RULES: dict[object, Rule] = {
-    gemma3c.rotary_table.default: _rotary_table,
-    gemma3c.rotate.default: _rotate,
     gemma3c.sliding_window_attention.default: _sliding_window_attention,
     gemma3c.global_attention.default: _global_attention,
     gemma3c.siglip_pool.default: _siglip_pool,
@@ -267,5 +220,5 @@ RULES: dict[object, Rule] = {
     aten.scaled_dot_product_attention.default: _sdpa,
     aten.embedding.default: _embedding,
     aten.linear.default: _linear,
-    aten.matmul.default: _matmul,
+    aten.conv2d.default: _conv2d,
 }

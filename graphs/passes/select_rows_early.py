@@ -21,7 +21,14 @@ from graphs.program import Program
 aten = torch.ops.aten
 
 _ROW_BY_ROW = frozenset(
-    {aten.add.Tensor, aten.mul.Tensor, aten.gelu.default, aten.linear.default, aten.rms_norm.default}
+    {
+        aten.add.Tensor,
+        aten.mul.Tensor,
+        aten.gelu.default,
+        aten.linear.default,
+        aten.rms_norm.default,
+        aten.to.dtype,
+    }
 )
 
 

@@ -236,10 +236,12 @@ def test_one_launch_alone_compiles_under_the_interpreter_too(tmp_path: Path, mon
 def test_rms_norm_compiles_everywhere(pool: CompilerPool) -> None:
     kernel = RmsNorm()
     case = Case(dtype="bfloat16", dims={"rows": 16, "hidden": 640, "residual": 1})
-    config = kernel.default(case, GPUS["h100"])
-    tensors = kernel.inputs(case, device="meta") | kernel.outputs(case, config, device="meta")
-    (described,) = kernel.launches(case, config, tensors)
-    for compiled in pool.compile_all([(described, architecture) for architecture in ARCHITECTURES]):
+    described = []
+    for architecture in ARCHITECTURES:
+        config = kernel.default(case, next(gpu for gpu in GPUS.values() if gpu.architecture == architecture))
+        tensors = kernel.inputs(case, device="meta") | kernel.outputs(case, config, device="meta")
+        described += [(launch, architecture) for launch in kernel.launches(case, config, tensors)]
+    for compiled in pool.compile_all(described):
         assert isinstance(compiled, Compiled), compiled
         assert_elf(compiled)
         assert [parameter.name for parameter in compiled.parameters][-3:] == ["rows", "hidden", "eps"]

@@ -20,6 +20,9 @@ from autotune.profile import LONGEST_CHUNK, StageProfile, measured_us, profile, 
 from autotune.profile_json import as_json
 from autotune.profile_trace import as_trace
 from autotune.record_store import RecordStore
+from autotune.registry import KERNELS as REGISTRY
+from gemma3_compile.model_shapes import model_shapes
+from gemma3_compile.presets import preset
 from runtimes.errors import HostError, UsageError
 from tests.autotune.profiles import CEILINGS, KERNELS, MODEL, Toy, made
 from tests.autotune.test_records import record
@@ -51,6 +54,12 @@ def test_prefill_counts_the_chunks_tokens(tmp_path: Path) -> None:
     (stage,) = made(tmp_path, "prefill", kernels=KERNELS[:2]).stages
     assert stage.rows[0].cost.flops == 100e9
     assert stage.made == 1000 and stage.rate_at_floor == pytest.approx(1000 / stage.floor_us * 1e6)
+
+
+def test_a_prefill_step_ends_with_the_head_over_one_row() -> None:
+    model = model_shapes(preset("4b"))
+    [head] = REGISTRY["matvec"].uses(model, "prefill", batch=2, context=8192, dtype="bfloat16")
+    assert (head.name, head.count, head.case.dims["rows"], head.case.dims["columns"]) == ("head", 1, 2, 262208)
 
 
 def test_the_largest_loss_comes_first_and_failures_last(tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_kernels_are_compiled_together_before_any_is_measured(tmp_path: Path) ->
         measure=lambda kernel, case, config: order.append("measured") or 1.0,
         compiler=Compiler(),  # type: ignore[arg-type]
     )
-    assert order == ["_rms_norm_kernel for 90", "measured"]
+    assert order == ["_rms_norm_kernel for 90"] * 2 + ["measured"] * 2  # with and without a residual
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ from autotune.gpu import GPUS, Gpu
 from autotune.kernel import Case, Config, Kernel
 from autotune.kernels.rms_norm import RmsNorm
 from autotune.record_file import GpuModel, Records
+from autotune.record_folders import summary
 from autotune.record_store import Record, RecordError, RecordStore, default_folder, source_hash, triton_version
 from runtimes.errors import UsageError
 
@@ -27,8 +30,8 @@ SHIPPED = Path(record_file.__file__).parent / "records"
 SCHEMA = json.loads((SHIPPED / "schema.json").read_text())
 
 
-def config(block: int = 2, warps: int = 8) -> Config:
-    return Config(constants={"BLOCK_ROWS": block}, num_warps=warps, num_stages=1)
+def config(block: int = 2, warps: int = 8, dependent: int = 1) -> Config:
+    return Config(constants={"BLOCK_ROWS": block, "DEPENDENT": dependent}, num_warps=warps, num_stages=1)
 
 
 def record(**changes: Any) -> Record:
@@ -76,7 +79,10 @@ def test_shipped_files_hold_to_the_schema_and_to_the_parser() -> None:
     for path in SHIPPED.glob("*.json"):
         if path.name != "schema.json":
             jsonschema.validate(json.loads(path.read_text()), SCHEMA)
-            assert record_file.read(path)
+            [model] = record_file.read(path)
+            assert path.name == f"{re.sub('[^a-z0-9]+', '-', model.name.lower())}.json", (
+                "one GPU model's, named after it"
+            )
 
 
 def test_a_record_goes_to_a_file_and_back(mine: RecordStore) -> None:
@@ -134,8 +140,8 @@ def test_the_newest_of_two_stale_records_is_taken(mine: RecordStore) -> None:
 @pytest.mark.parametrize(
     "lost",
     [
-        Config(constants={"BLOCK_ROWS": 3}, num_warps=8, num_stages=1),
-        Config(constants={"BLOCK_ROWS": 2}, num_warps=8, num_stages=2),
+        config(3),
+        dataclasses.replace(config(), num_stages=2),
         Config(constants={"ROWS": 2}, num_warps=8, num_stages=1),
     ],
 )
@@ -155,14 +161,15 @@ def test_what_the_kernel_refuses_there_is_not_used(mine: RecordStore, monkeypatc
 
 
 def test_an_unknown_gpu_takes_the_nearest_of_its_architecture(tmp_path: Path) -> None:
+    ada = partial(config, dependent=0)
     near, far = GPUS["rtx4090"], GPUS["l4"]  # 128 and 58 multiprocessors
-    pairs = [(near, record(config=config(1))), (far, record(config=config(2))), (H100, record(config=config(4)))]
+    pairs = [(near, record(config=ada(1))), (far, record(config=ada(2))), (H100, record(config=config(4)))]
     both = store(tmp_path, *pairs)
     unknown = dataclasses.replace(GPUS["rtx3090"], name="NVIDIA RTX 9999", multiprocessors=90)
     choice = both.best(KERNEL, CASE, unknown)
-    assert choice.config == config(2)
+    assert choice.config == ada(2)
     assert choice.warning is not None and "those of NVIDIA L4 stand in; `gemma3c tune` mends it" in choice.warning
-    assert both.best(KERNEL, CASE, dataclasses.replace(unknown, multiprocessors=94)).config == config(1)
+    assert both.best(KERNEL, CASE, dataclasses.replace(unknown, multiprocessors=94)).config == ada(1)
     assert both.best(KERNEL, CASE, GPUS["rtx5090"]).origin == "heuristic"
 
 
@@ -172,6 +179,22 @@ def test_other_environments_stay_beside(mine: RecordStore) -> None:
         mine.put(made, H100)
     kept = mine.records("user")[GpuModel.of(H100)]
     assert list(kept.values()) == sorted([*others, record(time_us=9.0)], key=lambda made: made.key)
+
+
+def test_the_summary_counts_what_the_store_would_take(tmp_path: Path) -> None:
+    def said(gpu: Gpu) -> str:
+        model = GpuModel.of(gpu)
+        return summary(model, user_folder=tmp_path / "mine", shipped_folder=tmp_path / "shipped")
+
+    both = store(tmp_path, (H100, record()), (H100, record(dtype="float32")), (GPUS["l4"], record()))
+    both.put(record(), GPUS["rtx4090"])
+    both.put(record(triton="3.0.0"), H100)
+    assert said(H100) == f"3 records of {H100.name} (2 shipped, 1 your own)"
+    assert (
+        said(GPUS["h200"]) == f"no records of NVIDIA H200, 3 records of {H100.name} stand in; `gemma3c tune` makes some"
+    )
+    assert said(GPUS["a10"]) == "no records of NVIDIA A10, 1 record of NVIDIA L4 stand in; `gemma3c tune` makes some"
+    assert said(GPUS["b200"]) == "no records of NVIDIA B200 or a similar GPU; `gemma3c tune` makes some"
 
 
 def test_a_slower_record_may_be_left_out(mine: RecordStore) -> None:

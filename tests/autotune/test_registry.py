@@ -136,3 +136,12 @@ def test_the_toy_models_steps_hold_to_their_oracles(each: Kernel) -> None:
     for stage in each.stages:
         for use in each.uses(nano, stage, batch=2, context=7, dtype="int4" if "int4" in each.dtypes else "bfloat16"):
             check_kernel(each, use.case)
+
+
+@every_kernel
+def test_what_it_writes_in_place_is_what_its_oracle_gives(each: Kernel) -> None:
+    nano = model_shapes(preset("nano"))
+    for stage in each.stages:
+        for use in each.uses(nano, stage, batch=2, context=7, dtype="bfloat16"):
+            inputs = each.inputs(use.case, device="cpu")
+            assert each.in_place(use.case) == each.oracle(use.case, inputs).keys() & inputs.keys(), use.case

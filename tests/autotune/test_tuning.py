@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from optuna.storages import InMemoryStorage
 
+from autotune.ahead_of_time import Compiled
 from autotune.kernel import Case, Config, Kernel
+from autotune.launch import Launch
 from autotune.record_file import GpuModel, Record, read
 from autotune.record_store import RecordStore, source_hash, triton_version
 from autotune.sampler import Kind
 from autotune.storage import Secrets, Storage
-from autotune.study import Effort
+from autotune.study import Effort, Problem
 from autotune.trial_process import Evaluator
 from autotune.trial_worker import Failed, GoOn, Measured, Outcome
 from autotune.tuning import FINALISTS, Tuner, problems
@@ -21,6 +25,7 @@ from gemma3_compile.model_shapes import model_shapes
 from gemma3_compile.presets import preset
 from runtimes.errors import UsageError
 from runtimes.progress import Progress
+from tests.autotune.test_study import cubin
 from tests.autotune.tiny import H100, Double, Hopeless, InProcess, problem, true_us
 
 BEST = Config(constants={"BLOCK": 32, "WRONG": 0}, num_warps=4, num_stages=2)
@@ -67,10 +72,17 @@ def tuner(
     sampler: Kind = "grid",
     deadline: float | None = None,
     progress: Progress | None = None,
+    **more: Any,
 ) -> Tuner:
     storage = storage or memory()
-    effort = Effort(sampler=sampler, trials=trials, seed=0, deadline=deadline)
-    return Tuner(storage, RecordStore(folder), evaluator or InProcess(), effort, progress=progress or Progress())
+    effort = Effort(sampler=sampler, trials=trials, seed=0, deadline=deadline, ahead=2)
+    evaluator = evaluator or InProcess()
+    return Tuner(storage, RecordStore(folder), evaluator, effort, progress=progress or Progress(), **more)
+
+
+def sizes(*values: int) -> list[Problem]:
+    """A study for each."""
+    return [problem(case=Case(dtype="float32", dims={"size": size})) for size in values]
 
 
 def memory() -> Storage:
@@ -162,13 +174,68 @@ def test_an_interrupt_is_noted_and_leaves_no_record(tmp_path: Path) -> None:
     assert tuned.trials == (34, 34)
 
 
-def test_studies_share_the_time(tmp_path: Path) -> None:
-    three = [problem(case=Case(dtype="float32", dims={"size": size})) for size in (10, 20, 40)]
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_studies_share_the_time(tmp_path: Path, at_once: int) -> None:
     began = time.monotonic()
-    results = list(tuner(tmp_path, InProcess(delay_s=0.1), deadline=began + 5).tune(three))
-    assert [tuned.why for tuned in results] == ["its time was up"] * 3
+    cases = sizes(10, 20, 40, 70, 150)
+    results = list(tuner(tmp_path, InProcess(delay_s=0.05), deadline=began + 5, at_once=at_once).tune(cases))
+    assert [tuned.why for tuned in results] == ["its time was up"] * 5
     assert all(tuned.trials[0] >= 1 and tuned.record is not None for tuned in results)
     assert "trials: its time was up)" in str(results[0])
+    counts = [tuned.trials[0] for tuned in results]
+    assert max(counts) < 3 * min(counts), counts
+
+
+def test_studies_side_by_side_find_what_they_would_alone(tmp_path: Path) -> None:
+    evaluator = InProcess()
+    cases = sizes(10, 20, 40)
+    results = list(tuner(tmp_path, evaluator, at_once=2).tune(cases))
+    assert [tuned.problem.case for tuned in results] == [each.case for each in cases]
+    assert all(tuned.record is not None and tuned.record.config == BEST for tuned in results)
+    assert all(tuned.trials == (34, 34) for tuned in results)
+    assert len(evaluator.seen) == 3 * (34 + FINALISTS + 1)
+    assert len(records_in(tmp_path)) == 3
+
+
+class Compiler:
+    """Compiles when it is told to; notes what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Future[Compiled]]] = []
+
+    def submit(self, launch: Launch, architecture: int) -> Future[Compiled]:
+        self.asked.append((cast(int, launch.arguments["size"]), Future()))
+        return self.asked[-1][1]
+
+
+def test_the_next_study_compiles_while_the_first_one_is_timed(tmp_path: Path) -> None:
+    compiler = Compiler()
+    in_hand: list[set[int]] = []
+
+    class Watching(InProcess):
+        def evaluate(self, kernel: Kernel, case: Case, config: Config, go_on: GoOn) -> Outcome:
+            in_hand.append({size for size, future in compiler.asked if not future.done()})
+            return super().evaluate(kernel, case, config, go_on)
+
+    def finish_one(seconds: float) -> None:
+        """In the place of a wait: the oldest compilation is done."""
+        next(future for _, future in compiler.asked if not future.done()).set_result(cubin(0))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("autotune.tuning.wait_for", finish_one)
+        results = list(tuner(tmp_path, Watching(), trials=4, at_once=2, compiler=compiler).tune(sizes(10, 40)))
+    assert [tuned.trials for tuned in results] == [(4, 4)] * 2
+    assert {10, 40} in in_hand, "both studies have compilations in hand while a candidate is timed"
+
+
+def test_an_interrupt_is_noted_for_each_study(tmp_path: Path) -> None:
+    storage, notes = memory(), Notes()
+    with pytest.raises(KeyboardInterrupt):
+        list(tuner(tmp_path, Stops(), storage=storage, progress=notes, at_once=2).tune(sizes(10, 40)))
+    assert [note.partition(":")[0] for note in notes.said] == ["double size<=16", "double size<=64"]
+    assert sum(int(note.partition("after ")[2].partition(" ")[0]) for note in notes.said) == 3
+    results = list(tuner(tmp_path, storage=storage, at_once=2).tune(sizes(10, 40)))
+    assert [tuned.trials for tuned in results] == [(34, 34)] * 2
 
 
 def test_a_finalist_that_fails_is_no_record(tmp_path: Path) -> None:

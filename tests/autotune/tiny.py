@@ -21,7 +21,7 @@ from autotune.kernel import Case, Config, Cost, Kernel, Space, Stage, Tensors, U
 from autotune.launch import Launch
 from autotune.model_shapes import ModelShapes
 from autotune.study import Problem
-from autotune.trial_worker import Candidate, GoOn, Outcome, evaluate
+from autotune.trial_worker import Candidate, Cases, GoOn, Outcome, evaluate
 
 H100 = GPUS["h100"]
 CASE = Case(dtype="float32", dims={"size": 40})
@@ -142,11 +142,12 @@ class InProcess:
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.meter = Clock(delay_s=delay_s)
+        self.cases = Cases()
         self.seen: list[Config] = []
 
     def evaluate(self, kernel: Kernel, case: Case, config: Config, go_on: GoOn) -> Outcome:
         self.seen.append(config)
-        return evaluate(Candidate(kernel=kernel, case=case, config=config, meter=self.meter), go_on)
+        return evaluate(Candidate(kernel=kernel, case=case, config=config, meter=self.meter), go_on, self.cases)
 
 
 def problem(kernel: Kernel | None = None, case: Case = CASE) -> Problem:

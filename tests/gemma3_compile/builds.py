@@ -31,6 +31,21 @@ def request(out: Path, **changes: object) -> BuildRequest:
     return replace(base, **changes)
 
 
+ARCHITECTURES = (80, 86, 89, 120)
+TRT_KINDS: dict[str, dict[str, object]] = {
+    "bfloat16": {},
+    "int4": {"dtype": "int4", "architectures": (80,)},
+    "fp8": {"dtype": "fp8", "architectures": (89, 120)},
+}
+"""Bundles for TensorRT. int4 is from a GGUF, without a vision tower."""
+
+
+def trt_request(out: Path, **changes: object) -> BuildRequest:
+    """nano for TensorRT for RTX; plans for chunks of 32 tokens, two sequences and 96 slots."""
+    base = BuildRequest(target="trt", out=out, size="nano", random_seed=SEED, architectures=ARCHITECTURES)
+    return replace(base, **{"context": 96, "chunk": 32, "batch": 2, **changes})
+
+
 @cache
 def nano_gguf(folder: Path) -> Path:
     """nano's decoder as GGUF on several grids; norms as ggml has them, with the 1 added."""

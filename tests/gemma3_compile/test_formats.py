@@ -11,10 +11,16 @@ from gemma3_compile.formats import (
     EMBEDDING,
     INT4,
     INT8,
+    TRT_DTYPES,
+    TRT_FP8,
+    TRT_INT4,
+    TRT_INT8,
+    TrtDtype,
     choose_formats,
     default_activations,
     is_linear,
     stored_dtype,
+    trt_formats,
 )
 from gemma3_compile.model import Gemma3
 from gemma3_compile.presets import preset
@@ -101,3 +107,21 @@ def test_what_the_manifest_calls_it() -> None:
 
 def test_activations() -> None:
     assert [default_activations(dtype) for dtype in DTYPES] == ["int16", "int16", "int16", "int8"]
+
+
+@pytest.mark.parametrize(("dtype", "form"), [("int8", TRT_INT8), ("int4", TRT_INT4), ("fp8", TRT_FP8)])
+def test_tensorrt_quantises_the_decoders_linears(dtype: TrtDtype, form: BlockFormat) -> None:
+    decoder = {name for name in NANO.names() if is_linear(name) and name.startswith("decoder.")}
+    assert trt_formats(NANO.names(), dtype) == dict.fromkeys(decoder, form)
+    table = {EMBEDDING} if dtype == "int4" else set()
+    assert trt_formats(NANO.names(), dtype, "constant") == dict.fromkeys(decoder | table, form)
+
+
+def test_tensorrt_in_bfloat16_quantises_nothing() -> None:
+    assert trt_formats(NANO.names(), "bfloat16") == trt_formats(NANO.names(), "auto") == {}
+
+
+def test_tensorrt_has_dtypes_of_its_own() -> None:
+    with pytest.raises(UsageError, match="unknown dtype `float32`") as caught:
+        trt_formats(NANO.names(), "float32")  # type: ignore[arg-type]
+    assert all(dtype in str(caught.value.hint) for dtype in TRT_DTYPES)

@@ -99,7 +99,19 @@ def test_no_space_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": "trt"}, "this version builds the target `ort`; `trt` is not there yet"),
+        ({"target": "cuda"}, "this version builds the targets `ort` and `trt`; `cuda` is not there yet"),
+        ({"weights": "input", "architectures": (80,)}, "--arch, --weights are for --target trt only"),
+        ({"target": "trt", "activations": "int8", "dtype": "auto"}, "--activations is for --target ort only"),
+        ({"target": "trt", "dtype": "float32"}, "unknown dtype `float32`"),
+        ({"target": "trt", "dtype": "auto", "context": 513}, "the context 513 is longer than the 512 of nano"),
+        (
+            {"target": "trt", "dtype": "auto", "chunk": 65, "context": 64},
+            "a chunk of 65 tokens does not go into a context of 64",
+        ),
+        (
+            {"target": "trt", "dtype": "auto", "chunk": 3},
+            "a chunk of 3 tokens does not hold a picture, which is 4 tokens",
+        ),
         ({"dtype": "fp16"}, "unknown dtype `fp16`"),
         ({"size": "3b"}, "3b"),
         ({"size": None}, "random weights need a size"),

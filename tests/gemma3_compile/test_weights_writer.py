@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from gemma3_compile import weights_writer
-from gemma3_compile.blocks import Blocks, keeps_grid
+from gemma3_compile.blocks import Blocks, keeps_codes, keeps_grid
 from gemma3_compile.checkpoints import Checkpoint
-from gemma3_compile.formats import INT4, INT8
+from gemma3_compile.formats import INT4, INT8, TRT_FP8, TRT_INT4, TRT_INT8
 from gemma3_compile.weights_writer import WeightsWriter, ledger
 from graphs.weights import BlockFormat, Weight, WeightsPlan
 from graphs.weights_file import WeightsFile, WeightsLayout
@@ -63,7 +63,7 @@ def write(
         writer = WeightsWriter(plan=plan, checkpoint=checkpoint, file=file, calibrated=(calibrated or {}).items())
         writer.write(progress or Progress())
     return {
-        name: tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        name: tensor.float().numpy() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor.numpy()
         for name, tensor in load_file(path).items()
     }
 
@@ -234,3 +234,37 @@ def test_the_ledger_says_what_was_done() -> None:
         "4 bits in blocks of 32: how q_proj; how k_proj",
         "this tensor: one minimum a block, less half the code range times the scale",
     ]
+
+
+@pytest.mark.parametrize("chunk", [1 << 23, 64 * 7])
+@pytest.mark.parametrize("form", [TRT_INT4, TRT_INT8, TRT_FP8], ids=["int4", "int8", "fp8"])
+def test_tensorrts_formats_round_as_finely_as_they_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: BlockFormat, chunk: int
+) -> None:
+    """Stacked, and in chunks of rows that do not divide them: transposed codes are written a piece a row."""
+    monkeypatch.setattr(weights_writer, "CHUNK_ELEMENTS", chunk)
+    tensors = {name: floats(rows, 64, seed=rows) for name, rows in ((Q, 40), (K, 16), (V, 24))}
+    one = weight(Q, K, V, shape=(80, 64), form=form)
+    counting = Counting()
+    found = write(tmp_path, MemoryCheckpoint(tensors), [one], progress=counting)
+    assert counting.done == counting.total == sum(entry.size_bytes for entry in one.stored())
+    whole = torch.cat([tensors[Q], tensors[K], tensors[V]]).numpy()
+    errors = np.abs(stored_values(found, one) - whole)
+    scales = found[f"{one.name}.scales"].reshape(80, -1)
+    steps = np.repeat(scales, 64 // scales.shape[1], axis=1)
+    if form is TRT_FP8:  # three bits behind the leading one, and steps of 2**-9 scales next to zero
+        steps = np.maximum(np.abs(whole) * 2.0**-3, steps * 2.0**-9)
+    inner = np.abs(whole) < (6.5 if form is TRT_INT4 else 1e9) * steps  # the search for an int4 scale may clip
+    assert inner.mean() > 0.8 and (errors <= 0.5001 * steps)[inner].all()
+    assert (errors / steps).max() > 0.4, "nothing was rounded"
+
+
+def test_codes_of_a_grid_are_kept_where_scales_are_rounded(tmp_path: Path) -> None:
+    """q4_0's codes as they are; its scales, fp16 in the checkpoint, in bfloat16."""
+    grid = random_grid("q4_0", 24, 64)
+    checkpoint = MemoryCheckpoint({}, {Q: ("q4_0", grid)})
+    one = weight(Q, shape=(24, 64), form=TRT_INT4)
+    found = write(tmp_path, checkpoint, [one])
+    exact = checkpoint.read(Q).float().numpy()
+    assert not keeps_grid(checkpoint, Q, TRT_INT4) and keeps_codes(checkpoint, Q, TRT_INT4)
+    assert np.abs(stored_values(found, one) - exact).max() <= 2**-8 * np.abs(exact).max()

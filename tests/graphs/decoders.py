@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autotune.kernels.cache_layout import slot_positions_BC
+from autotune.kernels.cache_layout import Layout, slot_positions_BC
 from gemma3_compile.model import Gemma3
 from tests.graphs.nano import WINDOW, nano_stage
 from tests.graphs.ort import Arrays, run, run_in_place
@@ -90,11 +90,15 @@ class EagerDecoder:
 class OrtDecoder:
     """Lowered graphs over caches as a session keeps them. Text goes to ``decoder``, pictures to ``decoder_image``.
 
+    A subclass runs another dialect: it says how local caches lie in ``layout``.
+
     Args:
         graphs: an ``InferenceSession`` for each stage that the chunks need.
         slots: of a local layer; what it has beyond the window is slack.
         in_place: bind each cache output to its input's buffer.
     """
+
+    layout: Layout = "compact"
 
     def __init__(
         self, graphs: Mapping[str, Any], batch: int, context: int, *, slots: int = WINDOW, in_place: bool = False
@@ -148,7 +152,7 @@ def compare(row: str, eager: EagerDecoder, ours: OrtDecoder, chunks: Sequence[Ch
         expected = eager(chunk)[chunk.length_B > 0]
         check(row, logits_of(ours(chunk), chunk), expected, where)
         for name, cache in ours.caches.items():
-            check_cache(row, name, torch.from_numpy(cache), eager, where)
+            check_cache(row, name, torch.from_numpy(cache), eager, where, ours.layout)
 
 
 def worst_error(eager: EagerDecoder, ours: OrtDecoder, chunks: Sequence[Chunk]) -> float:
@@ -160,7 +164,9 @@ def worst_error(eager: EagerDecoder, ours: OrtDecoder, chunks: Sequence[Chunk]) 
     return max(errors)
 
 
-def check_cache(row: str, name: str, cache_BGCD: Tensor, eager: EagerDecoder, where: str) -> None:
+def check_cache(
+    row: str, name: str, cache_BGCD: Tensor, eager: EagerDecoder, where: str, layout: Layout = "compact"
+) -> None:
     """Every position that a cache should hold, against the eager cache's row for it."""
     _, layer, part = name.split(".")
     kind = eager.decoder.config.layer_kinds[int(layer)]
@@ -171,7 +177,7 @@ def check_cache(row: str, name: str, cache_BGCD: Tensor, eager: EagerDecoder, wh
             assert torch.isfinite(cache_BGCD).all(), f"{name}: rows beyond the end must stay finite"
             ours, theirs = cache_BGCD[sequence, :, :end], expected_BGWD[sequence, :, :end]
         else:
-            position_C = slot_positions_BC(torch.tensor([end]), window, slots, "compact")[0]
+            position_C = slot_positions_BC(torch.tensor([end]), window, slots, layout)[0]
             visible_C = (position_C >= 0) & (position_C > end - 1 - window)
             assert int(visible_C.sum()) == min(end, window), f"{name}: {where}: a position in the window is gone"
             ours = cache_BGCD[sequence, :, visible_C]

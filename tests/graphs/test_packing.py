@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from graphs.packing import pack_codes, pack_zeros
-from graphs.weights import BlockFormat
+from graphs.weights import WHOLE_ROW, BlockFormat
 from tests.graphs.unpacking import Bytes, unpacked
 
 
@@ -51,3 +51,20 @@ def test_what_is_given_is_left_as_it_is() -> None:
     before = given.copy()
     pack_codes(given, form(4))
     assert np.array_equal(given, before)
+
+
+def test_signed_codes_lie_in_twos_complement() -> None:
+    """Each less the middle code; a block is filled up with zeros."""
+    signed = BlockFormat(bits=4, block_size=16, zero_points="none", codes="signed")
+    row = np.arange(15, dtype=np.uint8)[None]
+    assert pack_codes(row, signed).tolist() == [[[0x98, 0xBA, 0xDC, 0xFE, 0x10, 0x32, 0x54, 0x06]]]
+    given = codes(5, 96, 4)
+    assert np.array_equal(unpacked(pack_codes(given, signed), 4, 96), (given - 8) & 15)
+
+
+def test_codes_with_one_scale_a_row_are_bytes() -> None:
+    row = np.array([[0, 127, 128, 255]], dtype=np.uint8)
+    whole = BlockFormat(bits=8, block_size=WHOLE_ROW, zero_points="none", codes="signed")
+    assert pack_codes(row, whole).view(np.int8).tolist() == [[-128, -1, 0, 127]]
+    bits = BlockFormat(bits=8, block_size=WHOLE_ROW, zero_points="none", codes="e4m3")
+    assert np.array_equal(pack_codes(row, bits), row)

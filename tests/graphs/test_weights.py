@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from graphs.weights import BlockFormat, Weight, WeightsPlan
+from graphs.weights import WHOLE_ROW, BlockFormat, Weight, WeightsPlan
 from runtimes.errors import ExportError
 
 INT8 = BlockFormat(bits=8, block_size=32, zero_points="none")
@@ -52,6 +53,46 @@ def test_a_last_block_that_is_not_full_takes_its_room() -> None:
 def test_block_sizes(size: int) -> None:
     with pytest.raises(ExportError, match=f"must be a power of two of at least 16, but got {size}"):
         BlockFormat(bits=4, block_size=size, zero_points="none")
+
+
+SIGNED = BlockFormat(bits=4, block_size=32, zero_points="none", codes="signed", scales="bfloat16")
+ROWS = BlockFormat(bits=8, block_size=WHOLE_ROW, zero_points="none", codes="signed", scales="bfloat16")
+FLOATS = BlockFormat(bits=8, block_size=WHOLE_ROW, zero_points="none", codes="e4m3", scales="bfloat16")
+
+
+def test_tensorrts_formats() -> None:
+    """Codes with one scale a row lie transposed."""
+    assert shapes(weight("a.weight", 10, 96, form=SIGNED)) == {
+        "a.weight.codes": ("uint8", (10, 3, 16), 480),
+        "a.weight.scales": ("bfloat16", (10, 3), 60),
+    }
+    for form, dtype in ((ROWS, "int8"), (FLOATS, "float8_e4m3fn")):
+        one = weight("a.weight", 10, 33, form=form)
+        assert shapes(one) == {
+            "a.weight.codes": (dtype, (33, 10), 330),
+            "a.weight.scales": ("bfloat16", (10,), 20),
+        }
+        assert [entry.transposed for entry in one.stored()] == [True, False]
+        assert form.blocks(33) == 1
+    assert not any(entry.transposed for entry in weight("a.weight", 10, 96, form=SIGNED).stored())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"bits": 4, "codes": "signed", "zero_points": "integer", "block_size": 32},
+            "signed codes have no zero points",
+        ),
+        ({"bits": 8, "codes": "e4m3", "zero_points": "none", "block_size": 32}, "eight bits and one scale a row"),
+        ({"bits": 4, "codes": "e4m3", "zero_points": "none", "block_size": 0}, "eight bits and one scale a row"),
+        ({"bits": 4, "codes": "signed", "zero_points": "none", "block_size": 0}, "a power of two"),
+        ({"bits": 8, "codes": "unsigned", "zero_points": "none", "block_size": 0}, "a power of two"),
+    ],
+)
+def test_formats_that_do_not_go_together(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        BlockFormat(**wrong)
 
 
 def test_names_of_stacked_weights() -> None:

@@ -30,12 +30,17 @@ def stored_values(tensors: Mapping[str, npt.NDArray[np.generic]], weight: Weight
     if form is None:
         return tensors[weight.name].astype(np.float32)
     columns = weight.shape[1]
+    if form.whole_rows:
+        rows = tensors[f"{weight.name}.codes"].astype(np.float32).T
+        return rows * tensors[f"{weight.name}.scales"].astype(np.float32)[:, None]
     blocks = form.blocks(columns)
 
     def wide(per_block: npt.NDArray[np.generic]) -> Floats:
         return np.repeat(per_block.astype(np.float32), form.block_size, axis=1)[:, :columns]
 
     codes = unpacked(tensors[f"{weight.name}.codes"], form.bits, columns).astype(np.float32)
+    if form.codes == "signed":  # two's complement
+        codes = np.where(codes < 1 << (form.bits - 1), codes, codes - (1 << form.bits)) + (1 << (form.bits - 1))
     scales = wide(tensors[f"{weight.name}.scales"])
     if form.zero_points == "integer":
         return (codes - wide(unpacked(tensors[f"{weight.name}.zeros"], form.bits, blocks))) * scales

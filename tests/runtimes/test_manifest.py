@@ -35,6 +35,16 @@ def test_what_is_written_is_read_again() -> None:
     assert Manifest.loads(whole.dumps()) == whole
 
 
+def test_a_manifest_of_version_1_is_read() -> None:
+    """It had no ``plan``."""
+    data = example()
+    data["schema_version"] = 1
+    for stage in data["stages"].values():
+        del stage["plan"]
+    VALIDATOR.validate(data)
+    assert Manifest.from_json(data) == manifest(files=FILES, schema_version=1)
+
+
 def test_text_only_and_without_tokenizer_is_read_again() -> None:
     model = manifest().model
     tokens = dataclasses.replace(model.tokens, image=None, start_of_image=None, end_of_image=None)
@@ -64,7 +74,7 @@ def test_schema_and_dataclasses_have_the_same_fields() -> None:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
         assert set(part.get("required", [])) == obligatory | ({"schema_version"} if part is SCHEMA else set()), name
-    assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+    assert SCHEMA["properties"]["schema_version"]["enum"] == list(range(1, SCHEMA_VERSION + 1))
     assert get_args(get_type_hints(Manifest)["target"]) == tuple(SCHEMA["properties"]["target"]["enum"])
 
 
@@ -104,6 +114,7 @@ FAULTS = [
     ("caches/local_layout", "linear", "caches.local_layout", True),
     ("stages", {}, "needs the stage 'decoder'", True),
     ("stages/decoder/graph", "../decoder.onnx", "not a plain path inside the bundle", True),
+    ("stages/decoder/plan", "a/../b", "`stages['decoder'].plan` names the file", True),
     ("stages/decoder/inputs", {}, "stages['decoder'].inputs: expected a list", True),
     ("stages/decoder/inputs/0", 7, "inputs[0]: expected an object", True),
     ("probes", {"encoder": []}, "`probes` names the stage 'encoder'", False),
@@ -142,7 +153,7 @@ def test_missing_field_is_named(name: str) -> None:
 
 def test_newer_schema_names_the_version_that_made_it() -> None:
     data = {"schema_version": SCHEMA_VERSION + 1, "producer": {"gemma3c": "7.3.1"}, "novelty": []}
-    with pytest.raises(BundleError, match=r"schema version 2, written by gemma3c 7\.3\.1.*up to 1") as caught:
+    with pytest.raises(BundleError, match=r"schema version 3, written by gemma3c 7\.3\.1.*up to 2") as caught:
         Manifest.from_json(data)
     assert caught.value.hint is not None
     assert "gemma3-compile>=7.3.1" in caught.value.hint
@@ -165,6 +176,9 @@ def test_a_reference_that_files_does_not_list_is_named() -> None:
     del files["vision.onnx"]
     with pytest.raises(BundleError, match=r"stages\['vision'\]\.graph.*'vision\.onnx'"):
         manifest(files=files).check_references()
+    stages = {name: dataclasses.replace(stage, plan="a.plan") for name, stage in manifest().stages.items()}
+    with pytest.raises(BundleError, match=r"stages\['decoder'\]\.plan.*'a\.plan'"):
+        manifest(files=FILES, stages=stages).check_references()
 
 
 def test_an_integer_is_taken_where_a_number_is_expected() -> None:

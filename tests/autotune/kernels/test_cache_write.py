@@ -33,7 +33,7 @@ def test_padding_stays_out_and_sequences_have_their_own_positions(block: int) ->
     inputs = KERNEL.inputs(chosen, device=DEVICE)
     inputs["start"] = torch.tensor([0, 7, 100, 11, 12], dtype=torch.int32, device=DEVICE)
     inputs["length"] = torch.tensor([30, 3, 0, 13, 12], dtype=torch.int32, device=DEVICE)
-    config = Config(constants={"BLOCK_ROWS": block}, num_warps=1, num_stages=1)
+    config = Config(constants={"BLOCK_ROWS": block, "DEPENDENT": 1}, num_warps=1, num_stages=1)
     for comparison in compare(KERNEL, chosen, config, inputs):
         assert comparison.passed and comparison.kernel_max == 0.0, str(comparison)
 
@@ -60,7 +60,7 @@ def test_what_a_model_runs() -> None:
 
 
 def test_too_many_values_for_a_thread_are_refused() -> None:
-    wide = Config(constants={"BLOCK_ROWS": 64}, num_warps=1, num_stages=1)
+    wide = Config(constants={"BLOCK_ROWS": 64, "DEPENDENT": 1}, num_warps=1, num_stages=1)
     assert "warps take more than 64 registers" in str(KERNEL.refusal(case(head_dim=256), wide, GPUS["h100"]))
     assert KERNEL.refusal(case(head_dim=256), KERNEL.default(case(head_dim=256), GPUS["h100"]), GPUS["h100"]) is None
 

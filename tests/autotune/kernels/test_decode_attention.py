@@ -9,7 +9,9 @@ from autotune.correctness import compare
 from autotune.gpu import GPUS
 from autotune.kernel import Case, Config, Kernel, Tensors
 from autotune.kernels.global_decode import GlobalDecode, global_decode
+from autotune.kernels.qk_norm_rope_cache import QkNormRopeCache
 from autotune.kernels.window_decode import WindowDecode
+from autotune.launch import Launch
 from runtimes.errors import UsageError
 from tests.autotune.checked import DEVICE, check_kernel
 
@@ -22,7 +24,7 @@ def case(*, batch: int = 1, heads: int = 4, kv_heads: int = 2, head_dim: int = 3
 
 
 def config(splits: int, block: int = 16) -> Config:
-    return Config(constants={"SPLITS": splits, "BLOCK_K": block}, num_warps=4, num_stages=2)
+    return Config(constants={"SPLITS": splits, "BLOCK_K": block, "DEPENDENT": 1}, num_warps=4, num_stages=2)
 
 
 def ragged(kernel: Kernel, chosen: Case, positions: list[int]) -> Tensors:
@@ -65,7 +67,9 @@ def test_every_number_of_splits(splits: int) -> None:
 
 def test_many_parts_are_joined_in_several_steps() -> None:
     chosen = case(heads=16, kv_heads=1, head_dim=256, slots=160, keys=150)
-    narrow = Config(constants={"SPLITS": 9, "BLOCK_K": 16}, num_warps=1, num_stages=2)  # one part at a time
+    narrow = Config(
+        constants={"SPLITS": 9, "BLOCK_K": 16, "DEPENDENT": 1}, num_warps=1, num_stages=2
+    )  # one part at a time
     check_kernel(GlobalDecode(), chosen, narrow)
 
 
@@ -75,9 +79,19 @@ def test_each_sequence_has_its_own_length_and_reads_no_slot_past_it() -> None:
     check(kernel, case(batch=7, keys=48), config(splits=2), inputs)
 
 
+@pytest.mark.parametrize("slots", [48, 33])
+def test_the_token_s_own_key_stands_apart_wherever_it_lies(slots: int) -> None:
+    """The first and last of a block and of the ring, alone in its block (slot 32 of 33), before and after the ring wraps."""
+    positions = [1, 15, 16, 17, 32, slots - 1, slots, slots + 15, slots + 16, 2 * slots - 1]
+    chosen = case(batch=len(positions), heads=2, kv_heads=1, slots=slots, keys=slots)
+    for splits in (1, 3):
+        check(WindowDecode(), chosen, config(splits), ragged(WindowDecode(), chosen, positions))
+
+
 def test_an_idle_sequence_gives_zeros() -> None:
     kernel, chosen = WindowDecode(), case(batch=2)
     inputs = ragged(kernel, chosen, [-1, 5])
+    inputs["q"][0] = float("nan")  # means nothing
     out = kernel.run(chosen, config(splits=4), inputs)["out"]
     assert not out[0].any() and out[1].any()
 
@@ -93,6 +107,59 @@ def test_the_counters_are_zero_again() -> None:
         assert not outputs["_zero_arrived"].any()
         results.append(outputs["out"].clone())
     assert torch.equal(*results)
+
+
+def test_a_launch_is_dependent_where_the_gpu_can() -> None:
+    kernel, chosen = WindowDecode(), case()
+    tensors = kernel.inputs(chosen, device="meta")
+    for card, dependent in (("h100", 1), ("b200", 1), ("a100", 0), ("rtx4090", 0)):
+        default = kernel.default(chosen, GPUS[card])
+        assert default.constants["DEPENDENT"] == dependent
+        tensors |= kernel.outputs(chosen, default, device="meta")
+        (launch,) = kernel.launches(chosen, default, tensors)
+        assert launch.dependent == bool(dependent)
+        other = Config(constants={**default.constants, "DEPENDENT": 1 - dependent}, num_warps=4, num_stages=3)
+        assert kernel.refusal(chosen, other, GPUS[card]) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_a_launch_that_begins_early_sees_what_the_one_before_it_writes(kernel: Kernel) -> None:
+    """Two steps over one cache and one workspace, each writing q and the newest row just before its attention."""
+    rope, heads = QkNormRopeCache(), {"batch": 4, "heads": 16, "kv_heads": 8, "head_dim": 256, "slots": 1024}
+    rope_case, chosen = Case(dtype="bfloat16", dims=heads | {"tokens": 1}), case(**heads, keys=1024)
+    inputs = ragged(kernel, chosen, [1500 if kernel.name == "window_decode" else 700, 300, -1, 1023])
+    workspace = kernel.outputs(chosen, config(16), device=DEVICE)
+    outs = [workspace["out"], torch.empty_like(workspace["out"])]
+
+    def launches(dependent: int) -> list[Launch]:
+        rope_config = Config(constants={"BLOCK_HEADS": 1, "DEPENDENT": dependent}, num_warps=1, num_stages=1)
+        found: list[Launch] = []
+        for seed, (splits, out) in enumerate(zip((16, 7), outs, strict=True)):
+            constants = {"SPLITS": splits, "BLOCK_K": 32, "DEPENDENT": dependent}
+            tensors = rope.inputs(rope_case, device=DEVICE, seed=seed) | inputs
+            found += rope.launches(rope_case, rope_config, tensors | {"start": inputs["position"]})
+            chosen_config = Config(constants=constants, num_warps=4, num_stages=3)
+            found += kernel.launches(chosen, chosen_config, inputs | workspace | {"out": out})
+        return found
+
+    for launch in launches(dependent=0):
+        launch.run()
+    expected = [out.clone() for out in outs]
+    assert not torch.equal(*expected)
+    overlapping = launches(dependent=1)
+    for launch in overlapping:  # compiles: not to happen while a graph is captured
+        launch.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in overlapping * 4:
+            launch.run()
+    for _ in range(200):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(out, right) for out, right in zip(outs, expected, strict=True))
 
 
 @pytest.mark.gpu
@@ -114,11 +181,11 @@ def test_parts_never_arrive_half_written(splits: int) -> None:
 
 
 def test_a_configuration_that_does_not_fit_is_refused_before_it_is_compiled() -> None:
-    wide = Config(constants={"SPLITS": 1, "BLOCK_K": 64}, num_warps=4, num_stages=3)
+    wide = Config(constants={"SPLITS": 1, "BLOCK_K": 64, "DEPENDENT": 1}, num_warps=4, num_stages=3)
     chosen = case(head_dim=256)
     assert GlobalDecode().refusal(chosen, wide, GPUS["h100"]) is None
     refused = GlobalDecode().refusal(chosen, wide, GPUS["rtx4090"])
-    assert refused is not None and "141312 bytes of shared memory" in refused
+    assert refused is not None and "147456 bytes of shared memory" in refused
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)

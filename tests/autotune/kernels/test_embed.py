@@ -30,7 +30,7 @@ def test_holds_to_its_oracle(tokens: int, hidden: int, features: int, dtype: str
 
 @pytest.mark.parametrize("block", [32, 512])
 def test_every_number_of_columns_in_a_program(block: int) -> None:
-    config = Config(constants={"BLOCK_H": block}, num_warps=4, num_stages=1)
+    config = Config(constants={"BLOCK_H": block, "DEPENDENT": 1}, num_warps=4, num_stages=1)
     check_kernel(KERNEL, case(4, 224, "int4", features=2, zeros=1), config)
 
 

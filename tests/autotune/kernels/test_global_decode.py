@@ -27,7 +27,7 @@ def test_each_sequence_sees_its_own_past() -> None:
         *(cache.to(DEVICE) for cache in caches),
         torch.tensor(positions, dtype=torch.int32, device=DEVICE),
         scale=0.25,
-        config=Config(constants={"SPLITS": 2, "BLOCK_K": 16}, num_warps=4, num_stages=2),
+        config=Config(constants={"SPLITS": 2, "BLOCK_K": 16, "DEPENDENT": 1}, num_warps=4, num_stages=2),
     )
     torch.testing.assert_close(out[:, 0].cpu().double(), expected[positions], atol=0.02, rtol=0.01)
 

@@ -26,7 +26,7 @@ def test_holds_to_its_oracle(rows: int, hidden: int, residual: int, dtype: str) 
 
 @pytest.mark.parametrize("block", [2, 4, 8])
 def test_every_number_of_rows_in_a_program(block: int) -> None:
-    config = Config(constants={"BLOCK_ROWS": block}, num_warps=4, num_stages=1)
+    config = Config(constants={"BLOCK_ROWS": block, "DEPENDENT": 1}, num_warps=4, num_stages=1)
     check_kernel(KERNEL, case(7, 100, 1), config)
 
 

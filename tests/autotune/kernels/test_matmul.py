@@ -10,7 +10,7 @@ import torch
 from autotune.gpu import GPUS
 from autotune.kernel import Case, Config, Stage
 from autotune.kernels.matmul import Matmul, matmul
-from autotune.kernels.matmul_space import product_of
+from autotune.kernels.matmul_product import product_of
 from gemma3_compile.model_shapes import model_shapes
 from gemma3_compile.presets import preset
 from runtimes.errors import UsageError

@@ -16,8 +16,8 @@ from runtimes.errors import UsageError
 from tests.autotune.checked import DEVICE, H100, check_kernel
 
 KERNEL = Matvec()
-FMA = {"DOT": 0, "BLOCK_N": 4, "BLOCK_K": 512, "LOOP": 1, "SPLIT": 1}
-DOT = {"DOT": 1, "BLOCK_N": 16, "BLOCK_K": 64, "LOOP": 1, "SPLIT": 1}
+FMA = {"DOT": 0, "BLOCK_N": 4, "BLOCK_K": 512, "LOOP": 1, "SPLIT": 1, "DEPENDENT": 1}
+DOT = {"DOT": 1, "BLOCK_N": 16, "BLOCK_K": 64, "LOOP": 1, "SPLIT": 1, "DEPENDENT": 1}
 
 
 def case(dtype: str = "bfloat16", *, rows: int = 1, columns: int = 7, depth: int = 96, **flags: int) -> Case:
@@ -40,7 +40,7 @@ def test_every_batch(rows: int, dtype: str) -> None:
 def test_every_option(norm: int, geglu: int, residual: int, units: dict[str, int], dtype: str) -> None:
     flags = {"norm": norm, "geglu": geglu, "residual": residual, "fp32": norm ^ geglu}
     chosen = config(base=units, BLOCK_K=256 if units is FMA else 64)
-    check_kernel(KERNEL, case(dtype, rows=2, depth=160, **flags), chosen)
+    check_kernel(KERNEL, case(dtype, rows=2, depth=160, columns=37, **flags), chosen)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -64,7 +64,7 @@ def test_bf16_takes_any_depth(depth: int, units: dict[str, int]) -> None:
     "chosen",
     [
         config(BLOCK_K=1024, LOOP=4, BLOCK_N=2),
-        config(BLOCK_K=1024, LOOP=2, BLOCK_N=4, warps=2, stages=2),
+        config(BLOCK_K=1024, LOOP=2, BLOCK_N=4, warps=2),
         config(BLOCK_K=256, BLOCK_N=8, stages=3),
         config(BLOCK_K=256, SPLIT=3, LOOP=2),
         config(BLOCK_K=128, SPLIT=2, BLOCK_N=16),
@@ -151,7 +151,9 @@ def test_a_decode_step_is_all_there() -> None:
     uses = KERNEL.uses(model, "decode", batch=1, context=1000, dtype="bfloat16")
     weights = sum(use.count * row_of(use.case).weight_rows * use.case.dims["depth"] for use in uses)
     assert weights == 34 * (2560 * (4096 + 2048) + 3 * 2560 * 10240) + 262208 * 2560
-    assert KERNEL.uses(model, "prefill", batch=1, context=1000, dtype="bfloat16") == ()
+    (head,) = KERNEL.uses(model, "prefill", batch=1, context=1000, dtype="bfloat16")
+    assert (head.name, head.count) == ("head", 1)
+    assert KERNEL.uses(model, "vision", batch=1, context=1, dtype="bfloat16") == ()
     assert KERNEL.uses(model, "decode", batch=17, context=1000, dtype="bfloat16") == ()
 
 

@@ -28,7 +28,7 @@ def test_holds_to_its_oracle(images: int, size: int, patch: int, hidden: int, wi
 
 @pytest.mark.parametrize("block_k", [16, 64])
 def test_tiles_that_do_not_divide(block_k: int) -> None:
-    constants = {"BLOCK_P": 32, "BLOCK_H": 64, "BLOCK_K": block_k}
+    constants = {"BLOCK_P": 32, "BLOCK_H": 64, "BLOCK_K": block_k, "DEPENDENT": 1}
     check_kernel(KERNEL, case(2, 70, 14, 100, 1), Config(constants=constants, num_warps=4, num_stages=2))
 
 

@@ -27,7 +27,7 @@ def test_holds_to_its_oracle(images: int, side: int, pool: int, hidden: int, dty
 
 @pytest.mark.parametrize("block", [1, 2, 16])
 def test_every_number_of_patches_at_a_time(block: int) -> None:
-    config = Config(constants={"BLOCK_PATCHES": block}, num_warps=4, num_stages=1)
+    config = Config(constants={"BLOCK_PATCHES": block, "DEPENDENT": 1}, num_warps=4, num_stages=1)
     check_kernel(KERNEL, case(2, 6, 3, 70), config)
 
 

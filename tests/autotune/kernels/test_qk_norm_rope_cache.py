@@ -27,7 +27,7 @@ def case(
 
 
 def config(block: int) -> Config:
-    return Config(constants={"BLOCK_HEADS": block}, num_warps=4, num_stages=1)
+    return Config(constants={"BLOCK_HEADS": block, "DEPENDENT": 1}, num_warps=4, num_stages=1)
 
 
 def check(chosen: Case, inputs: Tensors, block: int = 2) -> None:
@@ -122,7 +122,7 @@ def test_what_a_model_runs() -> None:
 
 
 def test_too_many_values_for_a_thread_are_refused() -> None:
-    wide = Config(constants={"BLOCK_HEADS": 16}, num_warps=1, num_stages=1)
+    wide = Config(constants={"BLOCK_HEADS": 16, "DEPENDENT": 1}, num_warps=1, num_stages=1)
     assert "4096 values in 1 warps" in str(KERNEL.refusal(case(head_dim=256), wide, GPUS["h100"]))
 
 

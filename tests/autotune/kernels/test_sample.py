@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,17 +10,19 @@ import pytest
 import torch
 
 from autotune.kernel import Case, Config, Tensors
-from autotune.kernels.sample import Sample, option_tensors, sample, sample_oracle
+from autotune.kernels.sample import Sample, option_tensors, sample, sample_oracle, weights_of
 from runtimes.errors import UsageError
 from runtimes.sampling import Sampler, SamplingOptions
-from tests.autotune.checked import DEVICE, check_kernel
+from tests.autotune.checked import DEVICE, H100, check_kernel
 
 KERNEL = Sample()
 SMALL = Config(
-    constants={"GROUP": 16, "BLOCK": 64, "CHUNK": 128, "SEARCH": 64, "PIVOTS": 16}, num_warps=4, num_stages=1
+    constants={"GROUP": 16, "BLOCK": 128, "CHUNK": 128, "SEARCH": 32, "PIVOTS": 8, "DEPENDENT": 0},
+    num_warps=4,
+    num_stages=1,
 )
-"""Every loop turns several times on a few hundred logits."""
-LARGE = KERNEL.default(Case(dtype="float32", dims={}), None)  # type: ignore[arg-type]
+"""Every loop turns several times on a few hundred logits, and a row takes several programs."""
+LARGE = KERNEL.default(Case(dtype="float32", dims={}), H100)
 
 GREEDY = SamplingOptions()
 OPTIONS = [
@@ -72,6 +75,19 @@ def test_the_oracle_is_the_runtimes_sampler(ties: bool) -> None:
         assert sample_oracle(logits, option_tensors(options, "cpu"), uniform, seen_BV).tolist() == expected
 
 
+def test_weights_are_exponentials_and_never_rise() -> None:
+    logits = torch.linspace(5, -60, 300_001)
+    for temperature in (0.02, 1.0, 3.7):
+        weights = weights_of(logits, temperature)
+        exact = ((logits.double() - 5) / temperature).exp() * 2**40
+        assert int(weights[0]) == 2**40
+        assert bool((weights.diff() <= 0).all())
+        # fp32 rounds the logarithm, of up to 29 natural units, to 2**-24 of itself; then an integer is cut off.
+        assert bool(((weights - exact).abs() <= 4e-6 * exact + 1).all())
+    near = torch.arange(2**16, dtype=torch.float32) * -(2.0**-16) / torch.tensor(1.4426950408889634)
+    assert bool((weights_of(near, 1.0).diff() < 0).all())
+
+
 def check_tokens(logits: torch.Tensor, options: list[SamplingOptions], uniform: torch.Tensor, config: Config) -> None:
     logits, uniform = logits.to(DEVICE), uniform.to(DEVICE)
     expected = sample_oracle(logits, option_tensors(options, DEVICE), uniform)
@@ -95,6 +111,31 @@ def test_the_ends_of_the_uniform_numbers(uniform: float) -> None:
     """Where sums round to less than the target, the last token that is kept is drawn, and no other."""
     options = [OPTIONS[1], OPTIONS[4], OPTIONS[9], OPTIONS[11], OPTIONS[13]]
     check_tokens(logits_of(3, 5, 200), options, torch.full((5,), uniform, dtype=torch.float64), SMALL)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-2])
+def test_a_flat_row_gives_the_oracles_token_whatever_the_configuration(spread: float) -> None:
+    """Thousands of borders between tokens lie close to each other: only exact sums hold them apart. One logit stands
+    far from the others, so that borders split nothing, and a list of nearly all of them is left."""
+    logits = torch.rand(1, 300, generator=torch.Generator().manual_seed(7)) * spread
+    logits[0, 17] = 3.0
+    rows = logits.expand(3, -1).contiguous()
+    options = [SamplingOptions(temperature=2.0, top_p=0.97)] * 2 + [SamplingOptions(temperature=2.0, min_p=0.01)]
+    wide = replace(SMALL, constants=dict(SMALL.constants) | {"BLOCK": 256, "SEARCH": 64, "PIVOTS": 16, "GROUP": 32})
+    for config in (SMALL, wide):
+        check_tokens(rows, options, torch.tensor([0.1234, 0.98, 0.77], dtype=torch.float64), config)
+
+
+def test_what_has_to_be_zero_is_zero_again() -> None:
+    case = Case(dtype="float32", dims=dims(2, 300, top_p=90))
+    tensors = KERNEL.inputs(case, device=DEVICE) | KERNEL.outputs(case, SMALL, device=DEVICE)
+    tokens = []
+    for _ in range(2):
+        for launch in KERNEL.launches(case, SMALL, tensors):
+            launch.run()
+        assert not any(tensor.any() for name, tensor in tensors.items() if name.startswith("_zero"))
+        tokens.append(tensors["token"].tolist())
+    assert tokens[0] == tokens[1]
 
 
 def test_equal_logits_and_both_zeros_are_ties() -> None:
@@ -151,7 +192,7 @@ def dims(rows: int, vocab: int, **options: int) -> dict[str, int]:
 def check_exactly(case: Case, seed: int) -> None:
     inputs = KERNEL.inputs(case, device=DEVICE, seed=seed)
     expected: Tensors = KERNEL.oracle(case, inputs)
-    assert KERNEL.run(case, KERNEL.default(case, None), inputs)["token"].tolist() == expected["token"].tolist()  # type: ignore[arg-type]
+    assert KERNEL.run(case, KERNEL.default(case, H100), inputs)["token"].tolist() == expected["token"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +222,15 @@ def test_real_shapes(vocab: int, options: dict[str, int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flat_distribution_holds_to_its_oracle_draw_by_draw(seed: int) -> None:
+    """A quarter of a million tokens, none of more than a few millionths of the mass: 64 draws of one row."""
+    case = Case(dtype="float32", dims=dims(1, 262_144, top_p=99, temperature=200))
+    logits = KERNEL.inputs(case, device=DEVICE, seed=seed)["logits"].expand(64, -1).contiguous()
+    check_tokens(logits, [SamplingOptions(temperature=2.0, top_p=0.99)] * 64, uniforms(seed, 64), LARGE)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("ties", [False, True])
 def test_every_option_at_the_real_vocabulary(ties: bool) -> None:
     check_tokens(logits_of(4, len(OPTIONS), 262_208, ties=ties), OPTIONS, uniforms(5, len(OPTIONS)), LARGE)
@@ -194,5 +244,7 @@ def test_the_launcher_says_what_does_not_fit() -> None:
         sample(logits, [GREEDY] * 2, uniform.float())
     with pytest.raises(UsageError, match=r"logits must be torch.float32, but is torch.bfloat16"):
         sample(logits.bfloat16(), [GREEDY] * 2, uniform)
+    with pytest.raises(UsageError, match="rows of up to 4194304 logits, but got 5000000"):
+        sample(torch.zeros(2, 5_000_000, device=DEVICE), [GREEDY] * 2, uniform)
     with pytest.raises(UsageError, match="a repetition penalty needs `seen`"):
         sample(logits, [SamplingOptions(repetition_penalty=1.1)] * 2, uniform)

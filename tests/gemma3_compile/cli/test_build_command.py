@@ -27,13 +27,21 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     asked: list[Any] = []
 
     @dataclass(frozen=True)
+    class Decision:
+        name: str = "weights"
+        choice: str = "input"
+        reason: str = "a reason"
+
+    @dataclass(frozen=True)
     class Plan:
+        target: str = "ort"
         size: str = "4b"
         source: str = "random weights"
         weights_bytes: int = 8_600_000_000
         context: int = 4096
         cache_bytes: int = 500_000_000
         peak_bytes: int = 1_100_000_000
+        decisions: tuple[Decision, ...] = (Decision(),)
         notes: tuple[str, ...] = ("a hint",)
 
     def build(request: Any, progress: Any) -> Path:
@@ -56,6 +64,7 @@ def test_every_option_reaches_the_pipeline(gemma3c: Gemma3c, pipeline: list[Any]
         *("--out", tmp_path / "out", "--overwrite", "--context", 100, "--calibration", tmp_path / "text"),
         *("--revision", "main", "--token", "secret", "--offline"),
         *("--activations", "int16", "--rounding", "nearest"),
+        *("--flavour", "rtx", "--arch", "sm_80", "--arch", "SM_120", "--weights", "input", "--chunk", 64, "--batch", 2),
     )
     assert (result.code, result.out, result.err) == (0, f"{tmp_path / 'out'}\n", "a decision\n")
     (request,) = pipeline
@@ -67,6 +76,11 @@ def test_every_option_reaches_the_pipeline(gemma3c: Gemma3c, pipeline: list[Any]
         "random_seed": None,
         "dtype": "int4",
         "activations": "int16",
+        "flavour": "rtx",
+        "architectures": (80, 120),
+        "weights": "input",
+        "chunk": 64,
+        "batch": 2,
         "rounding": "nearest",
         "out": tmp_path / "out",
         "overwrite": True,
@@ -92,10 +106,12 @@ def test_the_token_may_come_from_the_environment(
         ([], "nothing says what to build"),
         (["--checkpoint", "x", "--random-weights", "0"], "exclude each other"),
         (["--size", "1b", "--json"], "--json is for --dry-run only"),
-        (["--size", "1b", "--target", "trt"], "builds for ort; the target trt is planned"),
-        (["--size", "1b", "--target", "cuda"], "builds for ort; the target cuda is planned"),
+        (["--size", "1b", "--target", "cuda"], "builds for ort and trt; the target cuda is planned"),
+        (["--size", "1b", "--target", "trt-rtx"], "--target trt --flavour rtx"),
         (["--size", "1b", "--dtype", "float16"], "float16 overflows"),
         (["--size", "1b", "--dtype", "bfloat16"], "no bfloat16 on a CPU"),
+        (["--size", "1b", "--dtype", "fp8"], "--dtype fp8 is for --target trt"),
+        (["--size", "1b", "--target", "trt", "--dtype", "float32"], "--dtype float32 is for --target ort"),
     ],
 )
 def test_what_cannot_be_met_is_refused(
@@ -121,7 +137,14 @@ def test_an_existing_destination_is_refused_before_any_work(
 def test_dry_run_prints_the_plan_and_builds_nothing(gemma3c: Gemma3c, pipeline: list[Any]) -> None:
     result = gemma3c("build", "--size", "4b", "--dry-run")
     assert (result.code, pipeline) == (0, [])
-    for fact in ("8.60 GB", "caches at 4096 tokens", "500 MB", "1.10 GB", "note: a hint"):
+    for fact in (
+        "weights                     input: a reason",
+        "8.60 GB",
+        "caches at 4096 tokens",
+        "500 MB",
+        "1.10 GB",
+        "note: a hint",
+    ):
         assert fact in result.out
     assert json.loads(gemma3c("build", "--size", "4b", "--dry-run", "--json").out)["weights_bytes"] == 8_600_000_000
 

@@ -11,6 +11,7 @@ import pytest
 from gemma3_compile import doctor
 from gemma3_compile.cli.inspect_command import cache_bytes
 from runtimes.bundle_writer import BundleWriter
+from runtimes.trt.binding import Flavour
 from runtimes.units import in_words
 from tests.gemma3_compile.cli.conftest import Gemma3c
 from tests.runtimes.manifests import FILES, manifest, write
@@ -143,8 +144,8 @@ def test_doctor_on_an_inference_host(gemma3c: Gemma3c, monkeypatch: pytest.Monke
         "build": "missing",
         "ort": "works",
         "ort-cuda": "missing",
-        "trt": "planned",
-        "trt-rtx": "planned",
+        "trt": "missing",
+        "trt-rtx": "missing",
         "cuda": "planned",
     }
     assert (result.code, data["lacking"]) == (0, [])
@@ -181,12 +182,86 @@ def test_doctor_knows_the_range_of_torch(monkeypatch: pytest.MonkeyPatch, torch:
     assert doctor.examine_build().state == state
 
 
-def test_doctor_refuses_hopper_for_tensorrt_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
-    found(monkeypatch, {"tensorrt-rtx-cu13": "1.7.1"})
-    hopper = doctor.Gpu(name="NVIDIA H100", capability=(9, 0), memory_bytes=80 * 10**9)
-    ada = doctor.Gpu(name="NVIDIA L4", capability=(8, 9), memory_bytes=24 * 10**9)
-    rtx = {gpu: doctor.examine_planned((gpu,))[1].missing for gpu in (hopper, ada)}
-    assert rtx == {hopper: ("TensorRT for RTX refuses NVIDIA H100: full TensorRT is for that",), ada: ()}
+HOPPER = doctor.Gpu(name="NVIDIA H100", capability=(9, 0), memory_bytes=80 * 10**9)
+ADA = doctor.Gpu(name="NVIDIA L4", capability=(8, 9), memory_bytes=24 * 10**9)
+TURING = doctor.Gpu(name="NVIDIA T4", capability=(7, 5), memory_bytes=16 * 10**9)
+RTX = {"tensorrt-rtx-cu13": "1.7.1.116", "cuda-core": "1.2.2"}
+
+
+def test_doctor_tells_which_gpu_a_flavour_of_tensorrt_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(monkeypatch, {**RTX, "tensorrt-cu13": "11.4.0"})
+    rtx = {gpu: doctor.examine_trt("rtx", (gpu,)).missing for gpu in (HOPPER, ADA, TURING)}
+    assert rtx == {
+        HOPPER: ("TensorRT for RTX refuses NVIDIA H100: full TensorRT is for that",),
+        ADA: (),
+        TURING: ("TensorRT for RTX refuses NVIDIA T4: the target ort is for that",),
+    }
+    assert doctor.examine_trt("rtx", (HOPPER, ADA)).state == "works"  # one of them is enough
+    assert doctor.examine_trt("full", (HOPPER,)).state == "works"
+
+
+@pytest.mark.parametrize(
+    ("flavour", "versions", "message"),
+    [
+        ("rtx", {"cuda-core": "1.2"}, "tensorrt-rtx-cu13 is not installed: pip install 'gemma3-compile[trt-rtx]'"),
+        ("full", {"cuda-core": "1.2"}, "tensorrt-cu13 is not installed: pip install 'gemma3-compile[trt]'"),
+        ("rtx", {**RTX, "tensorrt-rtx-cu13": "1.5.0"}, "tensorrt-rtx-cu13 1.5.0 is too old"),
+        ("rtx", {"tensorrt-rtx-cu13": "1.7.1"}, "cuda-core is not installed"),
+    ],
+)
+def test_doctor_says_what_tensorrt_lacks(
+    monkeypatch: pytest.MonkeyPatch, flavour: Flavour, versions: dict[str, str], message: str
+) -> None:
+    found(monkeypatch, versions)
+    finding = doctor.examine_trt(flavour, (ADA,))
+    assert finding.state == "missing"
+    assert message in finding.missing[0]
+
+
+def test_doctor_holds_a_bundle_against_the_gpu(
+    gemma3c: Gemma3c, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"flavour": "rtx", "tensorrt_version": "1.7.1.116"}
+    bundle = write(tmp_path / "nano", target="trt", settings=settings, gpu_architectures=("sm_80", "sm_89"))
+    found(monkeypatch, RTX)
+    assert doctor.examine_bundle(bundle, (ADA,)).missing == ()
+    blackwell = doctor.Gpu(name="NVIDIA RTX 5090", capability=(12, 0), memory_bytes=32 * 10**9)
+    (missing,) = doctor.examine_bundle(bundle, (blackwell,)).missing
+    assert missing == "its plans are for sm_80, sm_89, and this host has sm_120: build again with --arch sm_120"
+    found(monkeypatch, {**RTX, "tensorrt-rtx-cu13": "1.8.0.1"})
+    (missing,) = doctor.examine_bundle(bundle, (ADA,)).missing
+    assert missing.startswith("its plans were built by version 1.7.1.116, and 1.8.0.1 is installed")
+    result = gemma3c("doctor", "--bundle", str(bundle.root), "--json")  # without a GPU
+    assert (result.code, json.loads(result.out)["lacking"]) == (1, ["bundle"])
+
+
+def test_doctor_looks_at_a_bundle_for_ort(gemma3c: Gemma3c, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found(monkeypatch, {"onnxruntime": "1.32.0"}, CPU)
+    result = gemma3c("doctor", "--bundle", str(write(tmp_path / "nano").root))
+    assert result.code == 0 and "built for ort (onnxruntime 1.32.0)" in result.out
+
+
+def test_doctor_counts_the_tuning_records_of_the_gpu(
+    gemma3c: Gemma3c, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def file(name: str, capability: list[int], count: int) -> str:
+        gpu = {"name": name, "compute_capability": capability, "multiprocessors": 58, "records": [{}] * count}
+        return json.dumps({"gpus": [gpu]})
+
+    found(monkeypatch, {"onnxruntime": "1.32.0"}, CPU)
+    monkeypatch.setenv("GEMMA3C_RECORDS", str(tmp_path))
+    ada = doctor.Gpu(name="NVIDIA L4", capability=(8, 9), memory_bytes=24 * 10**9, multiprocessors=58)
+    assert "tuning" not in json.loads(gemma3c("doctor", "--json").out)["host"]
+    monkeypatch.setattr(doctor, "nvidia_gpus", lambda: (ada, ada))
+    (tmp_path / "damaged.json").write_text("{")
+    (tmp_path / "other.json").write_text(file("Toy", [3, 5], 9))
+    line = "tuning    no records of NVIDIA L4 or a similar GPU; `gemma3c tune` makes some"
+    assert line in gemma3c("doctor").out.splitlines()
+    (tmp_path / "similar.json").write_text(file("NVIDIA L40", [8, 9], 1))
+    line = "tuning    no records of NVIDIA L4, 1 record of NVIDIA L40 stand in; `gemma3c tune` makes some"
+    assert line in gemma3c("doctor").out.splitlines()
+    (tmp_path / "own.json").write_text(file("NVIDIA L4", [8, 9], 3))
+    assert "tuning    3 records of NVIDIA L4 (0 shipped, 3 your own)" in gemma3c("doctor").out.splitlines()
 
 
 def test_doctor_without_a_driver_or_with_a_driver_that_fails() -> None:

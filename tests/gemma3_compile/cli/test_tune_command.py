@@ -38,6 +38,9 @@ class Evaluator(InProcess):
         super().__init__()
         self.limit_s = limit_s
 
+    def start(self) -> None:
+        pass
+
     def evaluate(self, kernel: Kernel, case: Case, config: Config, go_on: GoOn) -> Outcome:
         if len(self.seen) == self.stop_after:
             raise KeyboardInterrupt

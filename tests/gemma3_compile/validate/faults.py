@@ -17,7 +17,7 @@ from gemma3_compile import stage_graphs, weights_writer
 from gemma3_compile.config import ModelConfig, TextConfig
 from gemma3_compile.model import Gemma3
 from gemma3_compile.pipeline import BuildRequest, build
-from graphs.onnx_lowering import ort_rules
+from graphs.onnx_lowering import attention_rules, ort_rules
 from graphs.onnx_lowering.inline import Inliner
 from graphs.passes import fold_norm_offset
 from graphs.stages import Stage
@@ -42,8 +42,8 @@ def build_nano(out: Path, plant: Plant | None = None, *, stages: str = "all", **
 
 def rope_factor_one(patch: pytest.MonkeyPatch) -> None:
     """Positions of global layers are not divided."""
-    right = ort_rules.inverse_frequencies
-    patch.setattr(ort_rules, "inverse_frequencies", lambda dim, base, factor: right(dim, base, 1.0))
+    right = attention_rules.inverse_frequencies
+    patch.setattr(attention_rules, "inverse_frequencies", lambda dim, base, factor: right(dim, base, 1.0))
 
 
 def window(change: int) -> Plant:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphs.onnx_lowering import math_rules, ort_rules, shape_rules
+from graphs.onnx_lowering import attention_rules, math_rules, ort_rules, shape_rules, trt_plugins, trt_rules
 from graphs.onnx_lowering.context import OrtOptions, merge_tables
-from graphs.onnx_lowering.lower import ORT_RULES, lower_for_ort
+from graphs.onnx_lowering.lower import ORT_RULES, TRT_RULES, lower_for_ort
 from graphs.onnx_lowering.shape_rules import reshape_target
 from runtimes.errors import ExportError
 from tests.graphs.ort import Stored, lower_and_open, run
@@ -99,6 +99,13 @@ CASES: dict[str, Case] = {
         inputs=[whole(B, S, high=11)],
         dynamic=BS,
         also=[whole(3, 4, high=11)],
+    ),
+    "remainder": Case(function=lambda x: torch.remainder(x - 5, 3), inputs=[whole(B, S, high=11)]),
+    "product": Case(
+        function=lambda x, w: x @ w,
+        inputs=[floats(B, S, 8), floats(8, 3)],
+        dynamic=[*BS, {}],
+        also=[floats(1, 4, 8), floats(8, 3)],
     ),
     "sums of sizes": Case(
         function=lambda x, y: x.clamp(max=x.shape[1] + y.shape[0]),
@@ -217,8 +224,9 @@ def test_a_duplicate_rule_raises() -> None:
 
 
 def test_the_table_is_the_union_of_the_files() -> None:
-    tables = (shape_rules.RULES, math_rules.RULES, ort_rules.RULES)
-    assert len(ORT_RULES) == sum(len(table) for table in tables)
+    shared = (shape_rules.RULES, math_rules.RULES, attention_rules.RULES)
+    assert len(ORT_RULES) == sum(len(table) for table in (*shared, ort_rules.RULES))
+    assert len(TRT_RULES) == sum(len(table) for table in (*shared, trt_rules.RULES, trt_plugins.RULES))
 
 
 def test_two_outputs_of_one_node_are_refused() -> None:
