@@ -28,6 +28,7 @@ def test_every_option_reaches_the_runtime(gemma3c: Gemma3c, engine: FakeEngine) 
         *("--repetition-penalty", 1.5, "--seed", 11, "--stop", "x", "--stop", "y", "--pan-and-scan"),
     )
     assert result.code == 0, result.err
+    assert engine.loaded.pop("progress") is not None
     assert engine.loaded == {"path": Path("nano"), "provider": "cpu", "threads": 3, "context": 99}
     prompt, options = last(engine)
     assert prompt == "hello"
