@@ -117,7 +117,7 @@ def examine_build() -> Finding:
     if torch is not None and not _TORCH_RANGE[0] <= _numbers(torch) < _TORCH_RANGE[1]:
         missing.append(f"torch {torch} is outside of 2.11 to 2.14: pip install 'torch>=2.11,<2.15'")
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    return _finding("build", "make bundles for the target ort", found, missing)
+    return _finding("build", "make bundles for ort; for trt with the extras trt-rtx or trt, and tune", found, missing)
 
 
 def examine_ort() -> Finding:
