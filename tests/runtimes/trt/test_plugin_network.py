@@ -1,8 +1,10 @@
-"""Both plugins in a real plan of TensorRT for RTX, which builds without a GPU. Each build is a process of its own."""
+"""Both plugins in a real plan of TensorRT for RTX, which builds without a GPU. Each build is a process of its own.
+
+That equal builds are equal bytes is a matter of the worker that builds them: see tests/graphs/trt/test_build.py.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -25,25 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-_ADDR_NO_RANDOMIZE = 0x0040000
-
-
-def _at_fixed_addresses() -> None:
-    """TensorRT orders some tables by address: with dynamic batches equal builds are equal bytes at equal addresses only.
-
-    Source: personality(2).
-    """
-    ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
-
-
 def built(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """What the process found, and what it and TensorRT wrote to stderr."""
     command = [sys.executable, "-m", "tests.runtimes.trt.plan", str(folder), *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     where = Path(__file__).parents[3]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=where, preexec_fn=_at_fixed_addresses
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index('{"parsed"') :])
     return found, done.stderr
@@ -67,8 +56,6 @@ def test_a_plan_of_both(folder: Path) -> None:
     }
     plan = (folder / "plan").read_bytes()
     assert digest.encode() in plan and b"\x7fELF" not in plan  # the kernels' hash, not the kernels
-    again, _ = built(folder)
-    assert again["plan"] == found["plan"]
 
 
 def test_a_graph_without_kernels_parses_and_builds(folder: Path) -> None:
