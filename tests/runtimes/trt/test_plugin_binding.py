@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from functools import cache
 from importlib import util
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -18,14 +18,10 @@ from runtimes.trt import binding
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    """What was loaded is kept for a process."""
-    caches = binding._load, binding._links
-    for each in caches:
-        each.cache_clear()
-    yield
-    for each in caches:
-        each.cache_clear()
+def _in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing loaded. What other tests of this process have loaded must stay: the parser opens its links later."""
+    for name in ("_load", "_links"):
+        monkeypatch.setattr(binding, name, cache(getattr(binding, name).__wrapped__))
 
 
 class Host:
